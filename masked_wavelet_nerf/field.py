@@ -1,0 +1,166 @@
+"""Density and colour at points, from planes of masked wavelet coefficients. Knows no rays.
+
+Density = softplus(Σ features + shift) (TensoRF; shift = -10). Colour = sigmoid(MLP(a, d, γ(a), γ(d)))
+with a = appearance map (linear, no bias) of the appearance features, d the view direction and
+γ(x) = (sin 2^k x, cos 2^k x), k < number of frequencies.
+
+Letters: N points, A appearance features after the map.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from masked_wavelet_nerf.planes import (
+    FactorisedGrid,
+    PlanesName,
+    ReduceName,
+    SpatialGrid,
+)
+from masked_wavelet_nerf.wavelet import TransformName, make_transform
+
+
+@dataclass(frozen=True)
+class FieldConfig:
+    """Everything that fixes the field's parameters; stored in the bitstream."""
+
+    planes: PlanesName = "vm"
+    reduce: ReduceName = "product"
+    num_density_components: int = 16
+    num_appearance_components: int = 48
+    appearance_dim: int = 27
+    hidden_dim: int = 128
+    num_frequencies: int = 2
+    density_shift: float = -10.0
+    transform: TransformName = "wavelet"
+    wavelet: str = "bior4.4"
+    num_levels: int = 4
+    level_scaling: bool = True
+    bits: int | None = 8
+    masks: bool = True
+
+
+class SpatialField(NamedTuple):
+    """Both grids in the spatial domain, and the kept counts behind them."""
+
+    density: SpatialGrid
+    appearance: SpatialGrid
+    kept: list[Int[Tensor, " levels"]]
+    """Kept coefficients per level of each grid, in the order of :meth:`WaveletPlaneField.grids`."""
+
+
+class WaveletPlaneField(nn.Module):
+    """Density and appearance grids, the appearance map and the colour network.
+
+    Args:
+        config: see :class:`FieldConfig`.
+        resolution: voxels along x, y and z.
+    """
+
+    def __init__(self, config: FieldConfig, resolution: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.config = config
+        transform = make_transform(
+            config.transform,
+            wavelet=config.wavelet,
+            num_levels=config.num_levels,
+            level_scaling=config.level_scaling,
+        )
+
+        def grid(num_components: int) -> FactorisedGrid:
+            return FactorisedGrid(
+                num_components,
+                resolution,
+                transform,
+                planes=config.planes,
+                reduce=config.reduce,
+                bits=config.bits,
+                masked=config.masks,
+            )
+
+        self.density_grid = grid(config.num_density_components)
+        self.appearance_grid = grid(config.num_appearance_components)
+        self.appearance_map = nn.Linear(
+            self.appearance_grid.num_features, config.appearance_dim, bias=False
+        )
+        input_dim = (config.appearance_dim + 3) * (1 + 2 * config.num_frequencies)
+        self.colour_network = nn.Sequential(
+            nn.Linear(input_dim, config.hidden_dim),
+            nn.ReLU(),
+            nn.Linear(config.hidden_dim, config.hidden_dim),
+            nn.ReLU(),
+            nn.Linear(config.hidden_dim, 3),
+        )
+        last = self.colour_network[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.bias)
+
+    @property
+    def resolution(self) -> tuple[int, int, int]:
+        """Voxels along x, y and z."""
+        return self.density_grid.resolution
+
+    def grids(self) -> dict[str, nn.Module]:
+        """Planes and lines by the name they have in the bitstream."""
+        named = {}
+        for part, grid in (("density", self.density_grid), ("appearance", self.appearance_grid)):
+            named.update({f"{part}_planes.{i}": plane for i, plane in enumerate(grid.planes)})
+            named.update({f"{part}_lines.{i}": line for i, line in enumerate(grid.lines)})
+        return named
+
+    def to_spatial(self, num_levels: int | None = None, threshold: float = 0.0) -> SpatialField:
+        """Quantise → mask → inverse transform of every grid: once per step, not per chunk of rays."""
+        density, density_kept = self.density_grid(num_levels, threshold)
+        appearance, appearance_kept = self.appearance_grid(num_levels, threshold)
+        return SpatialField(density, appearance, density_kept + appearance_kept)
+
+    def density(self, spatial: SpatialField, points: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
+        """Density σ ≥ 0 at points in [-1, 1]³ (per unit of scaled length)."""
+        features = self.density_grid.features(spatial.density, points).sum(dim=0)
+        return F.softplus(features + self.config.density_shift)
+
+    def colour(
+        self,
+        spatial: SpatialField,
+        points: Float[Tensor, "N 3"],
+        directions: Float[Tensor, "N 3"],
+    ) -> Float[Tensor, "N 3"]:
+        """Colour in [0, 1] at points in [-1, 1]³ seen along unit ``directions``."""
+        features = self.appearance_grid.features(spatial.appearance, points)
+        appearance = (self.appearance_map.weight @ features).T
+        frequencies = self.config.num_frequencies
+        inputs = torch.cat(
+            (
+                appearance,
+                directions,
+                frequency_encoding(appearance, frequencies),
+                frequency_encoding(directions, frequencies),
+            ),
+            dim=-1,
+        )
+        return torch.sigmoid(self.colour_network(inputs))
+
+    def upsample(self, resolution: tuple[int, int, int]) -> None:
+        """Resizes both grids; sampled features stay where they were."""
+        self.density_grid.upsample(resolution)
+        self.appearance_grid.upsample(resolution)
+
+    def crop(self, start: tuple[int, int, int], stop: tuple[int, int, int]) -> None:
+        """Keeps voxels ``start … stop - 1``; the box of the caller shrinks with them."""
+        self.density_grid.crop(start, stop)
+        self.appearance_grid.crop(start, stop)
+
+
+def frequency_encoding(
+    values: Float[Tensor, "N D"], num_frequencies: int
+) -> Float[Tensor, "N F"]:
+    """γ(x): sines, then cosines, of 2^k x; channels outermost, k innermost; F = 2·D·num_frequencies."""
+    scales = 2.0 ** torch.arange(num_frequencies, device=values.device, dtype=values.dtype)
+    angles = (values[..., None] * scales).flatten(-2)
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)

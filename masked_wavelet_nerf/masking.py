@@ -1,0 +1,134 @@
+"""Masks and the quantiser: what a stored coefficient becomes before the inverse transform.
+
+The order is quantise → mask → inverse transform (paper, section 3.3). Both steps are piecewise
+constant, so both pass gradients straight through:
+
+    q  = clip(round(v / Δ), -Q, Q)            integers, Q = 2^(bits-1) - 1
+    v̂  = Δ · q · H(m)                         H(m) = 1 where the logit m ≥ 0, else 0
+    ∂v̂/∂v := H(m)                             a dropped coefficient gets no gradient
+    ∂v̂/∂m := Δ · q · σ'(m)                    σ' = σ(1 - σ): a dropped one can come back
+
+The step Δ of a band is (max |v| over its kept coefficients) / Q, so that the extremes are exact and
+nothing that is kept is clipped. The codec stores q and Δ: training and file share this quantiser.
+
+Letters: C channels, B bands of a level (1 approximation, 3 details), ``*n`` spatial axes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int16
+from torch import Tensor
+
+
+class QuantisedBand(NamedTuple):
+    """Integers of one level of one grid, as the codec stores them."""
+
+    values: Int16[Tensor, "C B *n"]
+    """q, zero where the mask drops."""
+    mask: Bool[Tensor, "C B *n"]
+    """True where the coefficient is kept."""
+    step: Float[Tensor, ""]
+    """Δ: coefficient = value · step."""
+
+
+def largest_integer(bits: int) -> int:
+    """Q, the largest integer of the symmetric quantiser.
+
+    Raises:
+        ValueError: if ``bits`` is outside 2–16.
+    """
+    if not 2 <= bits <= 16:
+        raise ValueError(
+            f"bits: expected 2 to 16, got {bits}; set bits to None to train without a quantiser"
+        )
+    return 2 ** (bits - 1) - 1
+
+
+def keep(
+    logits: Float[Tensor, "C B *n"] | None, like: Float[Tensor, "C B *n"], threshold: float = 0.0
+) -> Bool[Tensor, "C B *n"]:
+    """Hard mask ``logits >= threshold``; all True where there are no masks."""
+    if logits is None:
+        return torch.ones_like(like, dtype=torch.bool)
+    return logits >= threshold
+
+
+def quantiser_step(
+    values: Float[Tensor, "C B *n"], kept: Bool[Tensor, "C B *n"], bits: int
+) -> Float[Tensor, ""]:
+    """Δ of one band: max |v| over what is kept, over Q; 1 where nothing is kept or all is zero.
+
+    Stays on the device: no host synchronisation.
+    """
+    largest = (values.detach().abs() * kept).amax()
+    return torch.where(largest > 0, largest / largest_integer(bits), torch.ones_like(largest))
+
+
+class _MaskedQuantise(torch.autograd.Function):
+    """v̂ = Δ · q · H(m) in few passes over memory; gradients as in the module's docstring."""
+
+    @staticmethod
+    def forward(ctx, values, logits, kept, step, bits):
+        if step is None:
+            quantised = values
+        else:
+            largest = largest_integer(bits)
+            quantised = (values / step).round_().clamp_(-largest, largest).mul_(step)
+        ctx.save_for_backward(kept, logits, quantised)
+        return quantised * kept
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        (grad,) = grad_outputs
+        kept, logits, quantised = ctx.saved_tensors
+        grad_values = grad * kept if ctx.needs_input_grad[0] else None
+        grad_logits = None
+        if ctx.needs_input_grad[1]:
+            probability = torch.sigmoid(logits)
+            slope = torch.addcmul(probability, probability, probability, value=-1)
+            grad_logits = slope.mul_(quantised).mul_(grad)
+        return grad_values, grad_logits, None, None, None
+
+
+def masked_quantise(
+    values: Float[Tensor, "C B *n"],
+    logits: Float[Tensor, "C B *n"] | None,
+    bits: int | None,
+    threshold: float = 0.0,
+) -> tuple[Float[Tensor, "C B *n"], Bool[Tensor, "C B *n"]]:
+    """Quantises and masks one band with straight-through gradients.
+
+    Args:
+        values: coefficients v.
+        logits: mask logits m, or None to keep everything.
+        bits: quantiser width 2–16, or None to leave values unquantised.
+        threshold: logits below it are dropped; 0 in training, the viewer's slider moves it.
+
+    Returns:
+        v̂ and the hard mask.
+
+    Raises:
+        ValueError: if ``bits`` is outside 2–16.
+    """
+    kept = keep(logits, values, threshold)
+    step = None if bits is None else quantiser_step(values, kept, bits)
+    return _MaskedQuantise.apply(values, logits, kept, step, bits), kept
+
+
+@torch.no_grad()
+def quantise_to_integers(
+    values: Float[Tensor, "C B *n"], logits: Float[Tensor, "C B *n"] | None, bits: int
+) -> QuantisedBand:
+    """The integers behind :func:`masked_quantise`; kept zeros are dropped, which changes nothing.
+
+    Raises:
+        ValueError: if ``bits`` is outside 2–16.
+    """
+    kept = keep(logits, values)
+    step = quantiser_step(values, kept, bits)
+    largest = largest_integer(bits)
+    integers = ((values / step).round_().clamp_(-largest, largest) * kept).to(torch.int16)
+    return QuantisedBand(integers, integers != 0, step)
