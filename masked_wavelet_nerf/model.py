@@ -1,0 +1,581 @@
+"""The nerfstudio model: a wavelet-plane field rendered along rays, its losses and its schedule.
+
+World positions become grid points in [-1, 1]³ by the box (bounded scenes) or by contraction
+(unbounded ones). Letters: R rays, S places per ray, N packed samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from jaxtyping import Bool, Float
+from nerfacc import accumulate_along_rays
+from nerfstudio.cameras.rays import RayBundle
+from nerfstudio.configs.config_utils import to_immutable_dict
+from nerfstudio.data.scene_box import SceneBox
+from nerfstudio.engine.callbacks import (
+    TrainingCallback,
+    TrainingCallbackAttributes,
+    TrainingCallbackLocation,
+)
+from nerfstudio.field_components.spatial_distortions import SceneContraction
+from nerfstudio.model_components.ray_samplers import UniformLinDispPiecewiseSampler
+from nerfstudio.model_components.renderers import AccumulationRenderer, RGBRenderer
+from nerfstudio.model_components.scene_colliders import AABBBoxCollider, NearFarCollider
+from nerfstudio.models.base_model import Model, ModelConfig
+from nerfstudio.utils import colormaps
+from nerfstudio.utils.rich_utils import CONSOLE
+from nerfstudio.viewer.viewer_elements import ViewerSlider
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from masked_wavelet_nerf.errors import UserError
+from masked_wavelet_nerf.field import FieldConfig, SpatialField, WaveletPlaneField
+from masked_wavelet_nerf.metrics import ImageMetrics
+from masked_wavelet_nerf.planes import PlanesName, ReduceName
+from masked_wavelet_nerf.rate import PenaltyName, estimate_bytes, mask_penalty
+from masked_wavelet_nerf.sampling import OccupancyGrid, march, pack, render_weights
+from masked_wavelet_nerf.wavelet import TransformName
+
+
+class CheckpointMismatchError(UserError):
+    """A checkpoint does not hold what the configured model needs."""
+
+
+@dataclass
+class MaskedWaveletModelConfig(ModelConfig):
+    """A radiance field of masked wavelet coefficients."""
+
+    _target: type = field(default_factory=lambda: MaskedWaveletModel)
+    """Target class to instantiate."""
+
+    planes: PlanesName = "vm"
+    """vm: three planes, each times a line (TensoRF). triplane: three planes only."""
+    triplane_reduce: ReduceName = "product"
+    """How a tri-plane combines its three planes."""
+    transform: TransformName = "wavelet"
+    """What the planes are stored as: wavelet or DCT coefficients, or the spatial values themselves."""
+    wavelet: str = "bior4.4"
+    """Discrete wavelet by its PyWavelets name: haar, db2, bior2.2, bior4.4, coif1, sym4, …"""
+    levels: int = 4
+    """Levels of the wavelet transform, 0 to 6."""
+    level_scaling: bool = True
+    """Store finer levels magnified, so that they are learnt more slowly."""
+    bits: int | None = 8
+    """Width of the quantiser in training and in the file, 2 to 16; None trains without one."""
+    masks: bool = True
+    """Give every coefficient a trainable mask."""
+    mask_weight: float = 1.6e-3
+    """λ, the weight of the mask penalty: larger gives smaller files. With --mask-penalty sum the
+    paper's values are 1e-10, 5e-11 and 2.5e-11 for 300³ voxels."""
+    mask_penalty: PenaltyName = "mean"
+    """mean: the expected kept fraction, so λ means the same at every grid size. sum: the sum of raw
+    logits, as in the paper's code."""
+
+    num_density_components: int = 16
+    """Density components of each plane."""
+    num_appearance_components: int = 48
+    """Appearance components of each plane."""
+    appearance_dim: int = 27
+    """Features of the colour network, after the linear appearance map."""
+    hidden_dim: int = 128
+    """Width of the colour network's two hidden layers."""
+    num_frequencies: int = 2
+    """Frequencies of the encoding of appearance features and view direction."""
+    density_shift: float = -10.0
+    """Density = softplus(features + shift): how empty the scene starts."""
+    distance_scale: float = 25.0
+    """Factor on the distance between samples, as in TensoRF."""
+
+    contract: bool = True
+    """Unbounded: contract all of space into the planes' cube. Otherwise the scene box is the cube."""
+    initial_resolution: int = 128
+    """Voxels per side at the start; a box that is no cube gets as many voxels in all."""
+    final_resolution: int = 300
+    """Voxels per side after the last upsampling."""
+    upsample_steps: tuple[int, ...] = (2000, 3000, 4000, 5500, 7000)
+    """Steps at which the planes are upsampled, by equal factors. Optimisers restart there."""
+    occupancy_steps: tuple[int, ...] = (2000, 4000, 6000, 11000, 16000, 21000, 26000)
+    """Steps at which empty space is looked for, to be skipped from then on."""
+    occupancy_resolution: int = 256
+    """Most occupancy nodes along an axis."""
+    occupancy_threshold: float = 1e-3
+    """Opacity of one sample under which space counts as empty."""
+    shrink_box: bool = True
+    """Bounded scenes: shrink the box to what is occupied at the first occupancy step."""
+    restrict_rays: bool = True
+    """Bounded scenes: after an occupancy step train only on pixels that can see something."""
+
+    near_plane: float = 0.05
+    """Distance from the camera at which sampling starts."""
+    far_plane: float = 1000.0
+    """Distance from the camera at which sampling ends."""
+    step_ratio: float = 0.5
+    """Bounded scenes: distance between samples, in voxels."""
+    num_samples: int = 192
+    """Unbounded scenes: samples along a ray, half of them within a distance of 1."""
+    colour_weight_threshold: float = 1e-4
+    """Colour is evaluated only where a sample's weight in the pixel exceeds this."""
+    background_color: Literal["white", "black", "random"] = "random"
+    """Colour behind the scene; random trains against a random one and renders over black."""
+
+    l1_weight_initial: float = 8e-5
+    """Weight of the mean absolute value of the density planes until the first occupancy step."""
+    l1_weight: float = 4e-5
+    """The same weight afterwards."""
+    tv_weight_density: float = 0.0
+    """Weight of the total variation of the density planes, taken in the spatial domain."""
+    tv_weight_appearance: float = 0.0
+    """Weight of the total variation of the appearance planes, taken in the spatial domain."""
+
+    eval_num_rays_per_chunk: int = 4096
+    """Rays rendered at once in evaluation."""
+    enable_collider: tyro.conf.Suppress[bool] = True
+    """Rays always get a near and a far distance."""
+    collider_params: tyro.conf.Suppress[dict[str, float] | None] = to_immutable_dict(
+        {"near_plane": 0.05, "far_plane": 1000.0}
+    )
+    """Unused: see near_plane and far_plane."""
+    loss_coefficients: tyro.conf.Suppress[dict[str, float]] = to_immutable_dict({})
+    """Unused: every loss has a weight of its own."""
+    prompt: tyro.conf.Suppress[str | None] = None
+    """Unused."""
+
+    def field_config(self) -> FieldConfig:
+        """The part that fixes the field's parameters."""
+        return FieldConfig(
+            planes=self.planes,
+            reduce=self.triplane_reduce,
+            num_density_components=self.num_density_components,
+            num_appearance_components=self.num_appearance_components,
+            appearance_dim=self.appearance_dim,
+            hidden_dim=self.hidden_dim,
+            num_frequencies=self.num_frequencies,
+            density_shift=self.density_shift,
+            transform=self.transform,
+            wavelet=self.wavelet,
+            num_levels=self.levels,
+            level_scaling=self.level_scaling,
+            bits=self.bits,
+            masks=self.masks,
+        )
+
+
+class MaskedWaveletModel(Model):
+    """See the module's docstring."""
+
+    config: MaskedWaveletModelConfig
+    aabb: Float[Tensor, "2 3"]
+
+    def populate_modules(self) -> None:
+        """Builds field, occupancy, samplers and renderers."""
+        config = self.config
+        self.register_buffer("aabb", self.scene_box.aabb.clone().float())
+        if config.contract:
+            # The contraction maps all of space to [-2, 2]³: that is the cube of the planes.
+            self.aabb.copy_(torch.tensor([[-2.0] * 3, [2.0] * 3]))
+        self.contraction = SceneContraction(order=float("inf")) if config.contract else None
+        self.field = WaveletPlaneField(
+            config.field_config(), self._resolution(config.initial_resolution)
+        )
+        self.occupancy = OccupancyGrid()
+        self.sampler = UniformLinDispPiecewiseSampler(num_samples=config.num_samples)
+        self.renderer_rgb = RGBRenderer(background_color=config.background_color)
+        self.renderer_accumulation = AccumulationRenderer()
+        self.image_metrics = ImageMetrics()
+        self._spatial: SpatialField | None = None
+        self._on_box_changed()
+
+        self.levels_shown = ViewerSlider(
+            "Levels shown",
+            default_value=config.levels,
+            min_value=0,
+            max_value=max(config.levels, 1),
+            step=1,
+            cb_hook=self._forget_spatial,
+            hint="Detail levels, coarse to fine; 0 shows the approximation only",
+        )
+        self.mask_threshold = ViewerSlider(
+            "Mask threshold",
+            default_value=0.0,
+            min_value=-2.0,
+            max_value=2.0,
+            step=0.05,
+            cb_hook=self._forget_spatial,
+            hint="Coefficients whose mask lies below it are dropped; training uses 0",
+        )
+
+    # --- planes in the spatial domain -------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> MaskedWaveletModel:
+        """Switches mode; training changes the coefficients, so the spatial planes are dropped."""
+        if mode:
+            self._forget_spatial()
+        return super().train(mode)
+
+    def _apply(self, fn, recurse: bool = True) -> MaskedWaveletModel:
+        # The collider holds the box itself: follow it to another device.
+        super()._apply(fn, recurse)
+        self._on_box_changed()
+        return self
+
+    def _forget_spatial(self, _: object = None) -> None:
+        self._spatial = None
+
+    def spatial(self) -> SpatialField:
+        """The grids in the spatial domain: anew in every training step, kept in evaluation."""
+        if self.training:
+            return self.field.to_spatial()
+        if self._spatial is None:
+            with torch.no_grad():
+                self._spatial = self.field.to_spatial(
+                    int(self.levels_shown.value), float(self.mask_threshold.value)
+                )
+        return self._spatial
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ):
+        """Loads a checkpoint of any resolution; refuses one that lacks anything.
+
+        nerfstudio would otherwise fall back to a loose load, and train or render random planes.
+
+        Raises:
+            CheckpointMismatchError: naming what is missing, unexpected or of another shape.
+        """
+        try:
+            result = super().load_state_dict(state_dict, strict=True, assign=assign)
+        except RuntimeError as error:
+            raise CheckpointMismatchError(
+                "The checkpoint does not fit the configured model (planes, components, transform, "
+                f"levels, masks?); load it with the config.yml of its own run. {error}"
+            ) from error
+        self.refresh()
+        return result
+
+    def refresh(self) -> None:
+        """To be called when grids or box were replaced from outside."""
+        self._forget_spatial()
+        self._on_box_changed()
+
+    # --- geometry -----------------------------------------------------------------------------------
+
+    def _resolution(self, side: int) -> tuple[int, int, int]:
+        extent = (self.aabb[1] - self.aabb[0]).tolist()
+        voxel = (math.prod(extent) / side**3) ** (1 / 3)
+        x, y, z = (max(2, int(e / voxel)) for e in extent)
+        return x, y, z
+
+    def _on_box_changed(self) -> None:
+        """Recomputes what depends on box and resolution: collider, step size, steps per ray."""
+        config = self.config
+        extent = (self.aabb[1] - self.aabb[0]).tolist()
+        if config.contract:
+            self.collider = NearFarCollider(config.near_plane, config.far_plane)
+            self._step_size = 2 * 2 / max(self.field.resolution)
+            return
+        box = SceneBox(aabb=self.aabb)
+        self.collider = AABBBoxCollider(box, near_plane=config.near_plane)
+        voxels = [e / (n - 1) for e, n in zip(extent, self.field.resolution, strict=True)]
+        self._step_size = config.step_ratio * sum(voxels) / 3
+        longest = min(math.hypot(*extent), config.far_plane - config.near_plane)
+        self._num_steps = math.ceil(longest / self._step_size) + 1
+
+    def grid_points(self, positions: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*batch 3"]:
+        """World positions to points in [-1, 1]³ of the planes."""
+        if self.contraction is not None:
+            return self.contraction(positions) / 2
+        return (positions - self.aabb[0]) * (2 / (self.aabb[1] - self.aabb[0])) - 1
+
+    # --- rendering ----------------------------------------------------------------------------------
+
+    def _places(
+        self, rays: RayBundle
+    ) -> tuple[Float[Tensor, "R S"], Float[Tensor, "R S"], Bool[Tensor, "R S"]]:
+        """Middle and length of every place along the rays, and whether it lies on the ray at all."""
+        assert rays.nears is not None and rays.fars is not None
+        # nerfstudio's colliders start at 0 in evaluation; we render what was trained.
+        nears = rays.nears.clamp(min=self.config.near_plane)
+        if self.config.contract:
+            rays.nears = nears
+            samples = self.sampler(rays)
+            starts, ends = samples.frustums.starts[..., 0], samples.frustums.ends[..., 0]
+            return (starts + ends) / 2, ends - starts, torch.ones_like(starts, dtype=torch.bool)
+        jitter = torch.rand_like(nears) if self.training else None
+        middles = march(nears, self._step_size, self._num_steps, jitter)
+        lengths = torch.full_like(middles, self._step_size)
+        return middles, lengths, middles < rays.fars.clamp(max=self.config.far_plane)
+
+    def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Tensor]:
+        """Renders rays: rgb in [0, 1], accumulation, and expected depth along the ray."""
+        spatial = self.spatial()
+        middles, lengths, valid = self._places(ray_bundle)
+        positions = ray_bundle.origins[:, None] + ray_bundle.directions[:, None] * middles[..., None]
+        points = self.grid_points(positions)
+        if self.occupancy.is_known:
+            valid = valid & self.occupancy(points)
+        flat, ray = pack(valid)
+        points = points.flatten(end_dim=1)[flat]
+
+        depth_of_sample = self.field.density(spatial, points) * (
+            lengths.flatten()[flat] * self.config.distance_scale
+        )
+        optical_depth = middles.new_zeros(middles.numel()).index_copy(0, flat, depth_of_sample)
+        weights = render_weights(optical_depth.view_as(middles)).flatten()[flat]
+
+        num_rays = len(ray_bundle)
+        seen = (weights > self.config.colour_weight_threshold).nonzero()[:, 0]
+        colours = self.field.colour(spatial, points[seen], ray_bundle.directions[ray[seen]])
+        # The renderer derives its background's share from the weights that it is given, which are
+        # only those that got a colour: blend with the full accumulation instead.
+        rgb = RGBRenderer.combine_rgb(
+            colours, weights[seen, None], "random", ray_indices=ray[seen], num_rays=num_rays
+        )
+        accumulation = self.renderer_accumulation(
+            weights[:, None], ray_indices=ray, num_rays=num_rays
+        )
+        expected = accumulate_along_rays(
+            weights, middles.flatten()[flat, None], ray_indices=ray, n_rays=num_rays
+        )
+        outputs = {
+            "rgb": self._over_background(rgb, accumulation),
+            "accumulation": accumulation,
+            "depth": expected / accumulation.clamp(min=1e-6),
+        }
+        if self.training:
+            self._spatial_of_step = spatial
+        return outputs
+
+    def _over_background(
+        self, rgb: Float[Tensor, "R 3"], accumulation: Float[Tensor, "R 1"]
+    ) -> Float[Tensor, "R 3"]:
+        if self.config.background_color != "random":
+            background = RGBRenderer.get_background_color(
+                self.config.background_color, shape=rgb.shape, device=rgb.device
+            )
+            rgb = rgb + background * (1 - accumulation)
+        return rgb if self.training else rgb.clamp(0, 1)
+
+    # --- losses and metrics -------------------------------------------------------------------------
+
+    def _true_and_rendered(self, outputs: dict, batch: dict) -> tuple[Tensor, Tensor]:
+        rendered, true = self.renderer_rgb.blend_background_for_loss_computation(
+            pred_image=outputs["rgb"],
+            pred_accumulation=outputs["accumulation"],
+            gt_image=batch["image"].to(self.device),
+        )
+        return true, rendered
+
+    def get_loss_dict(self, outputs, batch, metrics_dict=None) -> dict[str, Tensor]:
+        """Mean squared error, mask penalty and regularisers, each times its weight."""
+        config = self.config
+        true, rendered = self._true_and_rendered(outputs, batch)
+        losses = {"rgb_loss": F.mse_loss(rendered, true)}
+        if not self.training:
+            return losses
+        spatial = self._spatial_of_step
+        if config.masks and config.mask_weight > 0:
+            penalty = mask_penalty(self._grid_parameters("logits"), config.mask_penalty)
+            losses["mask_loss"] = config.mask_weight * penalty
+        l1_weight = config.l1_weight if self.occupancy.is_known else config.l1_weight_initial
+        if l1_weight > 0:
+            grids = (*spatial.density.planes, *spatial.density.lines)
+            losses["l1_loss"] = l1_weight * sum(grid.abs().mean() for grid in grids)
+        for name, weight, grid in (
+            ("density", config.tv_weight_density, spatial.density),
+            ("appearance", config.tv_weight_appearance, spatial.appearance),
+        ):
+            if weight > 0:
+                losses[f"tv_loss_{name}"] = weight * sum(
+                    plane.diff(dim=1).square().mean() + plane.diff(dim=2).square().mean()
+                    for plane in grid.planes
+                )
+        return losses
+
+    @torch.no_grad()
+    def get_metrics_dict(self, outputs, batch) -> dict[str, Tensor]:
+        """PSNR of the batch; in training also the kept fraction per level and the estimated bytes."""
+        true, rendered = self._true_and_rendered(outputs, batch)
+        metrics = {"psnr": -10 * torch.log10(F.mse_loss(rendered, true))}
+        if self.training:
+            kept = self._spatial_of_step.kept
+            metrics["kept"] = torch.cat(kept).sum() / sum(map(sum, self._totals()))
+            metrics.update(self._kept_by_level(kept))
+            metrics["estimated_bytes"] = estimate_bytes(
+                kept, self._totals(), self.config.bits or 32, self._num_network_parameters()
+            )
+        return metrics
+
+    def _kept_by_level(self, kept: list[Tensor]) -> dict[str, Tensor]:
+        counts, totals = {}, {}
+        for grid_kept, grid_totals in zip(kept, self._totals(), strict=True):
+            if len(grid_totals) == 1 and self.config.levels > 0:
+                continue  # lines have no levels
+            for level, total in enumerate(grid_totals):
+                counts[level] = counts.get(level, 0) + grid_kept[level]
+                totals[level] = totals.get(level, 0) + total
+        return {f"kept_level_{level}": counts[level] / totals[level] for level in counts}
+
+    def _totals(self) -> list[list[int]]:
+        return [[p.numel() for p in grid.coefficients] for grid in self.field.grids().values()]  # pyright: ignore[reportGeneralTypeIssues]
+
+    def _num_network_parameters(self) -> int:
+        networks: list[nn.Module] = [self.field.appearance_map, self.field.colour_network]
+        return sum(p.numel() for network in networks for p in network.parameters())
+
+    def get_image_metrics_and_images(self, outputs, batch):
+        """PSNR, SSIM, LPIPS of a whole image, and pictures for the logs."""
+        image = self.renderer_rgb.blend_background(batch["image"].to(outputs["rgb"].device))
+        rgb = outputs["rgb"]
+        images = {
+            "img": torch.cat([image, rgb], dim=1),
+            "accumulation": colormaps.apply_colormap(outputs["accumulation"]),
+            "depth": colormaps.apply_depth_colormap(
+                outputs["depth"], accumulation=outputs["accumulation"]
+            ),
+        }
+        return self.image_metrics(image, rgb), images
+
+    # --- schedule -----------------------------------------------------------------------------------
+
+    def _grid_parameters(self, name: Literal["coefficients", "logits"]) -> list[Parameter]:
+        return [p for grid in self.field.grids().values() for p in getattr(grid, name)]
+
+    def get_param_groups(self) -> dict[str, list[Parameter]]:
+        """Optimiser groups: grids, masks (where there are any) and networks."""
+        groups = {"grids": self._grid_parameters("coefficients")}
+        if self.config.masks:
+            groups["masks"] = self._grid_parameters("logits")
+        groups["networks"] = [
+            *self.field.appearance_map.parameters(),
+            *self.field.colour_network.parameters(),
+        ]
+        return groups
+
+    def get_training_callbacks(
+        self, training_callback_attributes: TrainingCallbackAttributes
+    ) -> list[TrainingCallback]:
+        """Occupancy updates and upsamplings, at their steps."""
+        attributes = training_callback_attributes
+        self._restrict_pixels(attributes)  # a resumed run goes on with the pixels it had
+        steps = {*self.config.occupancy_steps, *self.config.upsample_steps}
+        return [
+            TrainingCallback(
+                where_to_run=[TrainingCallbackLocation.AFTER_TRAIN_ITERATION],
+                iters=tuple(sorted(steps)),
+                func=self._follow_schedule,
+                kwargs={"attributes": attributes},
+            )
+        ]
+
+    @torch.no_grad()
+    def _follow_schedule(self, attributes: TrainingCallbackAttributes, step: int) -> None:
+        config = self.config
+        if step in config.occupancy_steps:
+            first = not self.occupancy.is_known
+            self.update_occupancy()
+            if first and config.shrink_box and not config.contract:
+                self.shrink_box()
+                self.update_occupancy()
+                self._forget_optimiser_state(attributes)
+            self._restrict_pixels(attributes)
+        if step in config.upsample_steps:
+            self.field.upsample(self._resolution(self._sides()[step]))
+            self._on_box_changed()
+            self._forget_optimiser_state(attributes)
+
+    def _sides(self) -> dict[int, int]:
+        """Voxels per side after each upsampling: equal factors from the initial to the final one."""
+        config = self.config
+        ratio = config.final_resolution / config.initial_resolution
+        steps = sorted(config.upsample_steps)
+        return {
+            step: round(config.initial_resolution * ratio ** ((i + 1) / len(steps)))
+            for i, step in enumerate(steps)
+        }
+
+    @staticmethod
+    def _forget_optimiser_state(attributes: TrainingCallbackAttributes) -> None:
+        assert attributes.optimizers is not None
+        for name in ("grids", "masks"):
+            if name in attributes.optimizers.optimizers:
+                attributes.optimizers.optimizers[name].state.clear()
+
+    def _restrict_pixels(self, attributes: TrainingCallbackAttributes) -> None:
+        restrict = getattr(attributes.pipeline.datamanager, "restrict_pixels", None)  # pyright: ignore[reportOptionalMemberAccess]
+        config = self.config
+        if restrict is None or config.contract or not config.restrict_rays:
+            return
+        if not self.occupancy.is_known:
+            return
+        coarse = self.occupancy.coarsened()
+        step = self._step_size * 2 / config.step_ratio
+        num_steps = math.ceil(self._num_steps * self._step_size / step) + 1
+
+        def can_see(rays: RayBundle) -> Bool[Tensor, "*batch"]:
+            flat = rays.flatten()
+            assert self.collider is not None
+            flat = self.collider(flat)
+            middles = march(flat.nears, step, num_steps, None)
+            positions = flat.origins[:, None] + flat.directions[:, None] * middles[..., None]
+            hit = coarse(self.grid_points(positions)) & (middles < flat.fars + step)
+            return hit.any(dim=-1).view(rays.shape)
+
+        fraction = restrict(can_see)
+        if fraction is not None:
+            CONSOLE.log(f"Training on the {fraction:.0%} of pixels that can see something.")
+
+    def update_occupancy(self) -> None:
+        """Looks for empty space, at the planes' resolution or ``occupancy_resolution``."""
+        spatial = self.field.to_spatial()
+        length = self._step_size * self.config.distance_scale
+
+        def opacity(points: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
+            return -torch.expm1(-self.field.density(spatial, points) * length)
+
+        most = self.config.occupancy_resolution
+        x, y, z = (min(n, most) for n in self.field.resolution)
+        previous = self.occupancy.cells
+        self.occupancy.update(opacity, (x, y, z), self.config.occupancy_threshold)
+        if not self.occupancy.cells.any():
+            self.occupancy.cells = previous
+            CONSOLE.log("The scene looks empty so far: occupancy is left as it was.")
+            return
+        CONSOLE.log(f"Occupied: {self.occupancy.cells.float().mean():.1%} of the cube.")
+
+    def shrink_box(self) -> None:
+        """Shrinks the box to what is occupied, along texels: the rendered picture stays."""
+        occupied = self.occupancy.occupied_range()
+        if occupied is None or not self.occupancy.is_known:
+            return
+        start, stop = [], []
+        for (first, last), nodes, n in zip(
+            occupied, self.occupancy.cells.shape, self.field.resolution, strict=True
+        ):
+            scale = (n - 1) / (nodes - 1)
+            start.append(max(0, math.floor(first * scale)))
+            stop.append(min(n, max(start[-1] + 2, math.ceil(last * scale) + 1)))
+        self._crop((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))
+
+    def _crop(self, start: tuple[int, int, int], stop: tuple[int, int, int]) -> None:
+        device = self.aabb.device
+        size = torch.tensor(self.field.resolution, device=device) - 1
+        low, high = self.aabb[0].clone(), self.aabb[1].clone()
+        first = torch.tensor(start, device=device) / size
+        last = (torch.tensor(stop, device=device) - 1) / size
+        nodes = [
+            torch.linspace(2 * float(a) - 1, 2 * float(b) - 1, e - s, device=device)
+            for a, b, s, e in zip(first, last, start, stop, strict=True)
+        ]
+        alive = self.occupancy(torch.stack(torch.meshgrid(*nodes, indexing="ij"), dim=-1))
+        self.field.crop(start, stop)
+        self.aabb[0] = low + (high - low) * first
+        self.aabb[1] = low + (high - low) * last
+        self.occupancy.cells = alive
+        self.refresh()
