@@ -1,0 +1,28 @@
+"""The bitstream of masked-wavelet scenes: ``Scene`` to bytes and back.
+
+Needs numpy only, neither torch nor nerfstudio. The format is described in ``export/FORMAT.md``.
+"""
+
+from masked_wavelet_codec.codec import DEFAULT_SIZE_LIMIT, decode, encode
+from masked_wavelet_codec.description import Description, LevelInfo, SectionInfo, describe
+from masked_wavelet_codec.errors import CodecError
+from masked_wavelet_codec.files import read, write
+from masked_wavelet_codec.scene import Band, Cameras, Grid, Scene, equal
+
+__all__ = [
+    "DEFAULT_SIZE_LIMIT",
+    "Band",
+    "Cameras",
+    "CodecError",
+    "Description",
+    "Grid",
+    "LevelInfo",
+    "Scene",
+    "SectionInfo",
+    "decode",
+    "describe",
+    "encode",
+    "equal",
+    "read",
+    "write",
+]

@@ -1,0 +1,180 @@
+"""Sections that do not depend on the profile: meta, networks, occupancy, cameras.
+
+    meta       length of the text in bytes (varint) · block of UTF-8 JSON, keys sorted, no spaces
+    networks   count (varint) · for each: name, number of dimensions (u8), lengths (varints)
+               · float32 data of all, in this order; names sorted
+    occupancy  X, Y, Z (varints) · block of the bits, Z fastest, first in the top bit
+    cameras    N (varint) · block of 101 N bytes: byte 0 of all records, byte 1 of all, …
+
+A record holds one camera, fields as in ``CAMERA_FIELDS``. Blocks: see ``blocks``.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import NoReturn
+
+import numpy as np
+
+from masked_wavelet_codec.binary import Budget, Reader, Writer, count_elements
+from masked_wavelet_codec.blocks import read_block, write_block
+from masked_wavelet_codec.errors import CodecError
+from masked_wavelet_codec.scene import Cameras
+from masked_wavelet_codec.validation import CAMERA_FIELDS, MAX_DIMS, check_meta
+
+__all__ = [
+    "decode_cameras",
+    "decode_meta",
+    "decode_networks",
+    "decode_occupancy",
+    "encode_cameras",
+    "encode_meta",
+    "encode_networks",
+    "encode_occupancy",
+]
+
+_MAX_META_BYTES = 2**20
+_BYTES_PER_META_BYTE = 40
+"""What parsed JSON takes at most: a list of dicts of one item each comes closest."""
+_CAMERA = np.dtype([(name, *layout) for name, layout in CAMERA_FIELDS.items()])
+
+
+def encode_meta(meta: dict) -> bytes:
+    """Payload of a dictionary that ``check_meta`` has passed.
+
+    Raises:
+        CodecError: if its text takes more than 1 MiB.
+    """
+    text = json.dumps(
+        meta, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":")
+    ).encode()
+    if len(text) > _MAX_META_BYTES:
+        raise CodecError(
+            f"meta: {len(text)} bytes as JSON, expected {_MAX_META_BYTES} at most; put arrays into "
+            f"networks"
+        )
+    writer = Writer()
+    writer.varint(len(text))
+    write_block(writer, text)
+    return writer.getvalue()
+
+
+def decode_meta(reader: Reader, budget: Budget) -> dict:
+    num_bytes = reader.varint()
+    if num_bytes > _MAX_META_BYTES:
+        raise reader.error(f"{num_bytes} bytes of JSON, expected {_MAX_META_BYTES} at most")
+    budget.spend(_BYTES_PER_META_BYTE * num_bytes, reader.where)
+    text = read_block(reader, num_bytes)
+    try:
+        meta = json.loads(
+            text.decode(),
+            parse_int=_parse_int,
+            parse_constant=_refuse,
+            object_pairs_hook=_unique_pairs,
+        )
+    except (ValueError, RecursionError) as error:  # also JSONDecodeError, UnicodeDecodeError
+        raise reader.error(f"not the JSON of this format ({error})") from None
+    if type(meta) is not dict:
+        raise reader.error(f"expected a JSON object, got {type(meta).__name__}")
+    check_meta(meta, reader.where)
+    return meta
+
+
+def _parse_int(text: str) -> int:
+    # Python takes quadratic time for long ones.
+    return int(text) if len(text) <= 20 else _refuse(f"an integer of {len(text)} digits")
+
+
+def _refuse(what: str) -> NoReturn:
+    raise ValueError(f"{what} is not allowed")
+
+
+def _unique_pairs(pairs: list[tuple[str, object]]) -> dict:
+    result = dict(pairs)
+    return result if len(result) == len(pairs) else _refuse("a key that comes twice")
+
+
+def encode_networks(networks: dict[str, np.ndarray]) -> bytes:
+    """Payload of float32 arrays of any shape."""
+    writer = Writer()
+    writer.varint(len(networks))
+    names = sorted(networks)
+    for name in names:
+        writer.text(name)
+        writer.u8(networks[name].ndim)
+        for length in networks[name].shape:
+            writer.varint(length)
+    for name in names:
+        writer.raw(networks[name].astype("<f4").tobytes())
+    return writer.getvalue()
+
+
+def decode_networks(reader: Reader, budget: Budget) -> dict[str, np.ndarray]:
+    shapes = {}
+    for _ in range(reader.varint()):
+        name, num_dims = reader.text(), reader.u8()
+        if num_dims > MAX_DIMS:
+            raise reader.error(f"{name!r} has {num_dims} dimensions, expected {MAX_DIMS} at most")
+        if name in shapes:
+            raise reader.error(f"the name {name!r} comes twice")
+        shapes[name] = reader.varints(num_dims)
+    networks = {}
+    for name, shape in shapes.items():
+        num_bytes = 4 * count_elements(shape, reader.where)
+        budget.spend(num_bytes, reader.where)
+        data = np.frombuffer(reader.raw(num_bytes), "<f4")
+        networks[name] = data.astype(np.float32).reshape(shape)
+    reader.finish()
+    return networks
+
+
+def encode_occupancy(occupancy: np.ndarray) -> bytes:
+    """Payload of a boolean (X, Y, Z) array."""
+    writer = Writer()
+    for length in occupancy.shape:
+        writer.varint(length)
+    write_block(writer, np.packbits(occupancy).tobytes())
+    return writer.getvalue()
+
+
+def decode_occupancy(reader: Reader, budget: Budget) -> np.ndarray:
+    shape = reader.varints(3)
+    count = count_elements(shape, reader.where)
+    budget.spend(count, reader.where)
+    packed = np.frombuffer(read_block(reader, -(-count // 8)), np.uint8)
+    bits = np.unpackbits(packed)
+    if bits[count:].any():
+        raise reader.error("the bits after the last voxel are not zero")
+    return bits[:count].astype(np.bool_).reshape(shape)
+
+
+def encode_cameras(cameras: Cameras) -> bytes:
+    """Payload of N cameras.
+
+    Transposed, each byte of a field follows that of the camera before: intrinsics that are alike
+    collapse, and poses lose a tenth.
+    """
+    records = np.zeros(len(cameras.split), _CAMERA)
+    for name in CAMERA_FIELDS:
+        records[name] = getattr(cameras, name)
+    table = records.view(np.uint8).reshape(len(records), _CAMERA.itemsize)
+    writer = Writer()
+    writer.varint(len(records))
+    write_block(writer, table.T.tobytes())
+    return writer.getvalue()
+
+
+def decode_cameras(reader: Reader, budget: Budget) -> Cameras:
+    count = count_elements((reader.varint(), _CAMERA.itemsize), reader.where) // _CAMERA.itemsize
+    budget.spend(_CAMERA.itemsize * count, reader.where)
+    data = read_block(reader, _CAMERA.itemsize * count)
+    table = np.frombuffer(data, np.uint8).reshape(_CAMERA.itemsize, count)
+    records = np.ascontiguousarray(table.T).view(_CAMERA).reshape(count)
+    if (records["split"] > 1).any():
+        raise reader.error("a camera is neither for training nor for evaluation")
+    arrays = {}
+    for name, (dtype, shape) in CAMERA_FIELDS.items():
+        native = np.dtype(dtype).newbyteorder("=")
+        # A copy: fields of records are neither contiguous nor aligned.
+        arrays[name] = np.array(records[name], native, order="C").reshape(count, *shape)
+    return Cameras(**arrays)
