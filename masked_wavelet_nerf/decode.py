@@ -1,0 +1,70 @@
+"""``mwnerf decode`` and ``mwnerf info``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import masked_wavelet_codec as codec
+import tyro
+from rich.console import Console
+
+from masked_wavelet_nerf import report
+
+
+@dataclass
+class Decode:
+    """Turn a bitstream back into a nerfstudio run, for ns-viewer, ns-render and ns-eval."""
+
+    scene: Annotated[Path, tyro.conf.Positional]
+    """The .mwnf file."""
+    output_dir: Path
+    """Folder of the run: config.yml and the checkpoint go there."""
+    data: Path | None = None
+    """Folder of the capture on this machine; nerfstudio's tools read its cameras and photos."""
+
+    def main(self) -> None:
+        """Decode, write the run, and say how to open it."""
+        decoded = codec.read(self.scene)
+        from masked_wavelet_nerf.runs import write_run
+
+        config_path = write_run(decoded, self.output_dir, self.data)
+        console = Console()
+        console.print(f"[bold green]Wrote {config_path}[/bold green]", soft_wrap=True)
+        for command in ("ns-viewer", "ns-eval"):
+            console.print(f"  {command} --load-config {config_path}", soft_wrap=True)
+        if self.data is None:
+            console.print("They need the capture: decode again with --data to say where it is.")
+
+
+@dataclass
+class Info:
+    """Describe a bitstream: bytes by part, kept coefficients by level, and its meta."""
+
+    scene: Annotated[Path, tyro.conf.Positional]
+    """The .mwnf file."""
+    json: bool = False
+    """Print JSON instead of tables."""
+
+    def main(self) -> None:
+        """Print what the file holds."""
+        description = codec.describe(self.scene.read_bytes())
+        damaged = [s.name for s in description.sections if not s.is_intact]
+        if self.json:
+            print(json.dumps(report.to_json(description), indent=2))
+        else:
+            _print_for_people(description)
+        if damaged:
+            raise codec.CodecError(f"section {', '.join(damaged)}: wrong checksum; copy the file anew")
+
+
+def _print_for_people(description: codec.Description) -> None:
+    console = Console()
+    meta = description.meta or {}
+    for key in ("method", "method_version", "step", "psnr", "author", "licence"):
+        if key in meta:
+            console.print(f"{key.replace('_', ' ')}: {meta[key]}", highlight=False)
+    console.print(f"format: {description.version[0]}.{description.version[1]}", highlight=False)
+    console.print(report.tables(description))

@@ -1,0 +1,104 @@
+"""The export command: ``ns-export masked-wavelet`` and ``mwnerf export``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import masked_wavelet_codec as codec
+import torch
+from nerfstudio.utils.rich_utils import CONSOLE
+
+from masked_wavelet_nerf import report
+from masked_wavelet_nerf.runs import Evaluation, Run, evaluate, open_run, scene_of_run
+from masked_wavelet_nerf.scene import load_scene_into
+
+
+@dataclass
+class ExportMaskedWavelet:
+    """Write a trained masked-wavelet run as a compressed bitstream.
+
+    The file holds all that viewing, rendering and evaluating needs, without the photos:
+    mwnerf decode turns it back into a run, mwnerf info describes it.
+    """
+
+    load_config: Path
+    """Path to the config YAML file."""
+    output_dir: Path
+    """Path to the output directory."""
+    filename: str = "scene.mwnf"
+    """Name of the file in it."""
+    profile: Literal["paper"] = "paper"
+    """How coefficients are coded. paper: mask run lengths, Huffman, survivors as bytes."""
+    data: Path | None = None
+    """Where the capture is now, if not where the run was trained from."""
+    evaluate: bool = True
+    """Measure PSNR before and after, where the capture is at hand."""
+    licence: str | None = None
+    """Licence of the scene, written into the file."""
+    author: str | None = None
+    """Author of the scene, written into the file."""
+
+    def main(self) -> None:
+        """Export, and print what the file holds."""
+        run = open_run(self.load_config, self.data)
+        if run.pipeline is None:
+            CONSOLE.print(
+                "[yellow]The capture is not at hand, so PSNR is not measured and the file holds no "
+                f"cameras; --data says where it is. ({run.missing})"
+            )
+        before = evaluate(run.pipeline) if self.evaluate and run.pipeline else None
+        path, description = export_run(
+            run,
+            self.output_dir / self.filename,
+            profile=self.profile,
+            psnr=before.psnr if before else None,
+            notes={"licence": self.licence, "author": self.author},
+        )
+        CONSOLE.print(report.tables(description))
+        if before is not None:
+            after = evaluate_decoded(run, path)
+            CONSOLE.print(
+                f"PSNR over {before.num_views} views: {before.psnr:.3f} dB before, "
+                f"{after.psnr:.3f} dB after decoding ({after.psnr - before.psnr:+.4f} dB)"
+            )
+        CONSOLE.print(f"[bold green]Wrote {path}[/bold green]", soft_wrap=True)
+
+
+def export_run(
+    run: Run,
+    path: Path,
+    *,
+    profile: str = "paper",
+    psnr: float | None = None,
+    notes: dict[str, str | None] | None = None,
+) -> tuple[Path, codec.Description]:
+    """Writes the bitstream of an opened run; a failure leaves an older file as it was.
+
+    Args:
+        run: an opened run.
+        path: the file.
+        profile: see :class:`ExportMaskedWavelet`.
+        psnr: mean PSNR of the model now, dB; written into the file.
+        notes: further entries of the file's meta; None is left out.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    meta: dict[str, Any] = {k: v for k, v in (notes or {}).items() if v is not None}
+    if psnr is not None:
+        meta["psnr"] = round(psnr, 4)
+    scene = scene_of_run(run, meta)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    codec.write(path, scene, profile)
+    return path, codec.describe(path.read_bytes())
+
+
+@torch.no_grad()
+def evaluate_decoded(run: Run, path: Path) -> Evaluation:
+    """Decodes the file into the run's model and evaluates that."""
+    assert run.pipeline is not None
+    load_scene_into(run.model, codec.read(path))
+    run.model.refresh()
+    return evaluate(run.pipeline)

@@ -1,0 +1,172 @@
+"""Trained model ⇄ codec scene: integers, masks, networks, occupancy and box.
+
+The integers are those of the quantiser that training used, so a decoded model renders what the
+evaluated one did. Knows neither nerfstudio nor files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from masked_wavelet_codec import Band, Cameras, Grid, Scene
+from torch import Tensor, nn
+
+from masked_wavelet_nerf.errors import UserError
+from masked_wavelet_nerf.field import WaveletPlaneField
+from masked_wavelet_nerf.masking import QuantisedBand
+from masked_wavelet_nerf.planes import CoefficientGrid
+
+
+class _Occupancy(Protocol):
+    cells: Tensor
+
+
+class _Model(Protocol):
+    """The parts of a model that a scene holds."""
+
+    field: WaveletPlaneField
+    occupancy: _Occupancy
+    aabb: Tensor
+
+
+class SceneMismatchError(UserError):
+    """A scene does not fit the model it is loaded into."""
+
+
+def _networks(field: WaveletPlaneField) -> dict[str, Tensor]:
+    modules: dict[str, nn.Module] = {
+        "appearance_map": field.appearance_map,
+        "colour_network": field.colour_network,
+    }
+    return {
+        f"{prefix}.{name}": parameter
+        for prefix, module in modules.items()
+        for name, parameter in module.named_parameters()
+    }
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return np.ascontiguousarray(tensor.detach().cpu().numpy())
+
+
+def scene_from_model(
+    model: _Model, bits: int, meta: Mapping[str, Any], cameras: Cameras | None
+) -> Scene:
+    """The scene that the codec writes.
+
+    Args:
+        model: trained model.
+        bits: quantiser width 2–16: the model's own, or, if it trained without one, any.
+        meta: what else the file says, JSON only. ``box`` (aabb) is added.
+        cameras: cameras of the capture, if known.
+    """
+    grids = []
+    for name, grid in model.field.grids().items():
+        bands = [
+            Band(level, _array(band.values), _array(band.mask), float(band.step))
+            for level, band in enumerate(grid.integers(bits))
+        ]
+        grids.append(Grid(name, grid.spatial_size, tuple(bands)))
+    cells = model.occupancy.cells
+    return Scene(
+        meta={**meta, "box": [[float(x) for x in corner] for corner in model.aabb.tolist()]},
+        bits=bits,
+        grids=tuple(grids),
+        networks={name: _array(value) for name, value in _networks(model.field).items()},
+        occupancy=_array(cells) if cells.numel() > 1 else None,
+        cameras=cameras,
+    )
+
+
+@torch.no_grad()
+def load_scene_into(model: _Model, scene: Scene) -> None:
+    """Gives ``model`` the scene's coefficients, masks, networks, occupancy and box.
+
+    Raises:
+        SceneMismatchError: naming the part that the model has not, or has in another shape.
+    """
+    grids = model.field.grids()
+    if set(grids) != {grid.name for grid in scene.grids}:
+        raise SceneMismatchError(
+            f"grids: the model has {sorted(grids)}, the scene {sorted(g.name for g in scene.grids)}"
+        )
+    for stored in scene.grids:
+        _load_grid(grids[stored.name], stored)
+    networks = _networks(model.field)
+    if set(networks) != set(scene.networks):
+        raise SceneMismatchError(
+            f"networks: the model has {sorted(networks)}, the scene {sorted(scene.networks)}"
+        )
+    for name, parameter in networks.items():
+        stored = scene.networks[name]
+        if tuple(stored.shape) != tuple(parameter.shape):
+            raise SceneMismatchError(
+                f"networks {name}: expected shape {tuple(parameter.shape)}, got {stored.shape}"
+            )
+        parameter.copy_(torch.from_numpy(stored))
+    if scene.occupancy is not None:
+        model.occupancy.cells = torch.from_numpy(scene.occupancy.copy()).to(model.aabb.device)
+    model.aabb.copy_(torch.tensor(scene.meta["box"]))
+
+
+def _load_grid(grid: CoefficientGrid, stored: Grid) -> None:
+    bands = [
+        QuantisedBand(
+            torch.from_numpy(band.values.astype(np.int16)),
+            torch.from_numpy(band.mask.copy()),
+            torch.tensor(band.step, dtype=torch.float32),
+        )
+        for band in stored.bands
+    ]
+    expected = [p.shape[:2] for p in grid.coefficients]
+    found = [band.values.shape[:2] for band in bands]
+    if expected != found or len(stored.size) != len(grid.spatial_size):
+        raise SceneMismatchError(
+            f"grid {stored.name}: expected (channels, bands) {[tuple(s) for s in expected]} for its "
+            f"levels, got {[tuple(s) for s in found]}"
+        )
+    grid.load_integers(bands, stored.size)
+
+
+def config_to_json(config: Any) -> dict[str, Any]:
+    """The plain fields of a configuration: numbers, strings, booleans, None and tuples of them.
+
+    Paths, classes and nested objects are left out: nothing of the exporter's machine gets through.
+    """
+    plain = (bool, int, float, str, type(None))
+    found = {}
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if isinstance(value, plain):
+            found[entry.name] = value
+        elif isinstance(value, tuple) and all(isinstance(item, plain) for item in value):
+            found[entry.name] = list(value)
+    return found
+
+
+def config_from_json(default: Any, stored: Mapping[str, Any]) -> Any:
+    """``default`` with the stored fields that it knows; unknown ones, of other versions, are ignored.
+
+    Raises:
+        SceneMismatchError: if a field has another type than the default's.
+    """
+    assert is_dataclass(default)
+    known = {}
+    for entry in fields(default):
+        if entry.name.startswith("_") or entry.name not in stored:
+            continue
+        value, current = stored[entry.name], getattr(default, entry.name)
+        if isinstance(value, list):
+            value = tuple(value)
+        number = isinstance(value, (int, float)) and isinstance(current, (int, float))
+        if None not in (value, current) and not number and not isinstance(value, type(current)):
+            raise SceneMismatchError(
+                f"{type(default).__name__}.{entry.name}: expected {type(current).__name__}, "
+                f"got {value!r}"
+            )
+        known[entry.name] = value
+    return replace(default, **known)  # pyright: ignore[reportArgumentType]
