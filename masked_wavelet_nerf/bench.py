@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import masked_wavelet_codec as codec
 import torch
 import tyro
 from nerfstudio.utils.rich_utils import CONSOLE
 
+import masked_wavelet_codec as codec
 from masked_wavelet_nerf import __version__, report
 from masked_wavelet_nerf.errors import UserError
 from masked_wavelet_nerf.export import export_run
@@ -100,7 +100,9 @@ def run_preset(
     before = evaluate(run.pipeline)
 
     start = time.perf_counter()
-    path, description = export_run(run, output_dir / "scene.mwnf", profile=profile, psnr=before.psnr)
+    path, description = export_run(
+        run, output_dir / "scene.mwnf", profile=profile, psnr=before.psnr
+    )
     encode_seconds = time.perf_counter() - start
     data_bytes = path.read_bytes()
     start = time.perf_counter()

@@ -6,10 +6,10 @@ import importlib
 import sys
 
 import tyro
-from masked_wavelet_codec import CodecError
 from rich.console import Console
 from rich.table import Table
 
+from masked_wavelet_codec import CodecError
 from masked_wavelet_nerf.errors import UserError
 
 # Only the chosen command's module is imported: nerfstudio takes seconds to load.

@@ -1,4 +1,4 @@
-"""Data manager: nerfstudio's, with reproducible steps and without pixels that see only empty space."""
+"""Data manager: nerfstudio's, with reproducible steps, without pixels that see nothing."""
 
 from __future__ import annotations
 
@@ -98,6 +98,7 @@ class WaveletDataManager(VanillaDataManager[InputDataset]):
         """
         sampler = self.train_pixel_sampler
         batch = next(self.iter_train_image_dataloader)
+        assert isinstance(batch, dict)
         images = batch["image"]
         if not isinstance(sampler, PooledPixelSampler) or not isinstance(images, Tensor):
             return None

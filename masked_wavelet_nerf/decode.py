@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import masked_wavelet_codec as codec
 import tyro
 from rich.console import Console
 
+import masked_wavelet_codec as codec
 from masked_wavelet_nerf import report
 
 
@@ -57,7 +57,9 @@ class Info:
         else:
             _print_for_people(description)
         if damaged:
-            raise codec.CodecError(f"section {', '.join(damaged)}: wrong checksum; copy the file anew")
+            raise codec.CodecError(
+                f"section {', '.join(damaged)}: wrong checksum; copy the file anew"
+            )
 
 
 def _print_for_people(description: codec.Description) -> None:

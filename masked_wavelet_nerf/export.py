@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import masked_wavelet_codec as codec
 import torch
 from nerfstudio.utils.rich_utils import CONSOLE
 
+import masked_wavelet_codec as codec
 from masked_wavelet_nerf import report
 from masked_wavelet_nerf.runs import Evaluation, Run, evaluate, open_run, scene_of_run
 from masked_wavelet_nerf.scene import load_scene_into

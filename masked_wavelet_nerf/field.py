@@ -1,8 +1,8 @@
 """Density and colour at points, from planes of masked wavelet coefficients. Knows no rays.
 
-Density = softplus(Σ features + shift) (TensoRF; shift = -10). Colour = sigmoid(MLP(a, d, γ(a), γ(d)))
-with a = appearance map (linear, no bias) of the appearance features, d the view direction and
-γ(x) = (sin 2^k x, cos 2^k x), k < number of frequencies.
+Density = softplus(Σ features + shift) (TensoRF; shift = -10). Colour = sigmoid(MLP(a, d, γ(a),
+γ(d))) with a = appearance map (linear, no bias) of the appearance features, d the view direction
+and γ(x) = (sin 2^k x, cos 2^k x), k < number of frequencies.
 
 Letters: N points, A appearance features after the map.
 """
@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from masked_wavelet_nerf.planes import (
+    CoefficientGrid,
     FactorisedGrid,
     PlanesName,
     ReduceName,
@@ -51,7 +52,7 @@ class SpatialField(NamedTuple):
 
     density: SpatialGrid
     appearance: SpatialGrid
-    kept: list[Int[Tensor, " levels"]]
+    kept: list[Int[Tensor, " _"]]
     """Kept coefficients per level of each grid, in the order of :meth:`WaveletPlaneField.grids`."""
 
 
@@ -106,16 +107,16 @@ class WaveletPlaneField(nn.Module):
         """Voxels along x, y and z."""
         return self.density_grid.resolution
 
-    def grids(self) -> dict[str, nn.Module]:
+    def grids(self) -> dict[str, CoefficientGrid]:
         """Planes and lines by the name they have in the bitstream."""
-        named = {}
+        named: dict[str, CoefficientGrid] = {}
         for part, grid in (("density", self.density_grid), ("appearance", self.appearance_grid)):
-            named.update({f"{part}_planes.{i}": plane for i, plane in enumerate(grid.planes)})
-            named.update({f"{part}_lines.{i}": line for i, line in enumerate(grid.lines)})
+            for kind, members in (("planes", grid.grids[:3]), ("lines", grid.grids[3:])):
+                named.update({f"{part}_{kind}.{i}": member for i, member in enumerate(members)})
         return named
 
     def to_spatial(self, num_levels: int | None = None, threshold: float = 0.0) -> SpatialField:
-        """Quantise → mask → inverse transform of every grid: once per step, not per chunk of rays."""
+        """Quantise → mask → inverse transform of every grid: once per step, not per chunk."""
         density, density_kept = self.density_grid(num_levels, threshold)
         appearance, appearance_kept = self.appearance_grid(num_levels, threshold)
         return SpatialField(density, appearance, density_kept + appearance_kept)
@@ -157,10 +158,8 @@ class WaveletPlaneField(nn.Module):
         self.appearance_grid.crop(start, stop)
 
 
-def frequency_encoding(
-    values: Float[Tensor, "N D"], num_frequencies: int
-) -> Float[Tensor, "N F"]:
-    """γ(x): sines, then cosines, of 2^k x; channels outermost, k innermost; F = 2·D·num_frequencies."""
+def frequency_encoding(values: Float[Tensor, "N D"], num_frequencies: int) -> Float[Tensor, "N F"]:
+    """γ(x): sines, then cosines, of 2^k x; channels outermost, k innermost; F = 2·D·K."""
     scales = 2.0 ** torch.arange(num_frequencies, device=values.device, dtype=values.dtype)
     angles = (values[..., None] * scales).flatten(-2)
     return torch.cat((angles.sin(), angles.cos()), dim=-1)

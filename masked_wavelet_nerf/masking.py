@@ -63,8 +63,9 @@ def quantiser_step(
 
     Stays on the device: no host synchronisation.
     """
-    largest = (values.detach().abs() * kept).amax()
-    return torch.where(largest > 0, largest / largest_integer(bits), torch.ones_like(largest))
+    # The step is what is tested: it underflows to zero before the largest value does.
+    step = (values.detach().abs() * kept).amax() / largest_integer(bits)
+    return torch.where(step > 0, step, torch.ones_like(step))
 
 
 class _MaskedQuantise(torch.autograd.Function):

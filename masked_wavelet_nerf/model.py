@@ -17,7 +17,6 @@ import tyro
 from jaxtyping import Bool, Float
 from nerfacc import accumulate_along_rays
 from nerfstudio.cameras.rays import RayBundle
-from nerfstudio.configs.config_utils import to_immutable_dict
 from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.engine.callbacks import (
     TrainingCallback,
@@ -60,7 +59,7 @@ class MaskedWaveletModelConfig(ModelConfig):
     triplane_reduce: ReduceName = "product"
     """How a tri-plane combines its three planes."""
     transform: TransformName = "wavelet"
-    """What the planes are stored as: wavelet or DCT coefficients, or the spatial values themselves."""
+    """What planes are stored as: wavelet or DCT coefficients, or the spatial values themselves."""
     wavelet: str = "bior4.4"
     """Discrete wavelet by its PyWavelets name: haar, db2, bior2.2, bior4.4, coif1, sym4, …"""
     levels: int = 4
@@ -94,7 +93,7 @@ class MaskedWaveletModelConfig(ModelConfig):
     """Factor on the distance between samples, as in TensoRF."""
 
     contract: bool = True
-    """Unbounded: contract all of space into the planes' cube. Otherwise the scene box is the cube."""
+    """Unbounded: contract all of space into the planes' cube. Else the scene box is the cube."""
     initial_resolution: int = 128
     """Voxels per side at the start; a box that is no cube gets as many voxels in all."""
     final_resolution: int = 300
@@ -138,11 +137,9 @@ class MaskedWaveletModelConfig(ModelConfig):
     """Rays rendered at once in evaluation."""
     enable_collider: tyro.conf.Suppress[bool] = True
     """Rays always get a near and a far distance."""
-    collider_params: tyro.conf.Suppress[dict[str, float] | None] = to_immutable_dict(
-        {"near_plane": 0.05, "far_plane": 1000.0}
-    )
+    collider_params: tyro.conf.Suppress[dict[str, float] | None] = None
     """Unused: see near_plane and far_plane."""
-    loss_coefficients: tyro.conf.Suppress[dict[str, float]] = to_immutable_dict({})
+    loss_coefficients: tyro.conf.Suppress[dict[str, float]] = field(default_factory=dict)
     """Unused: every loss has a weight of its own."""
     prompt: tyro.conf.Suppress[str | None] = None
     """Unused."""
@@ -264,12 +261,12 @@ class MaskedWaveletModel(Model):
         self._forget_spatial()
         self._on_box_changed()
 
-    # --- geometry -----------------------------------------------------------------------------------
+    # --- geometry ---------------------------------------------------------------------------------
 
     def _resolution(self, side: int) -> tuple[int, int, int]:
         extent = (self.aabb[1] - self.aabb[0]).tolist()
         voxel = (math.prod(extent) / side**3) ** (1 / 3)
-        x, y, z = (max(2, int(e / voxel)) for e in extent)
+        x, y, z = (max(2, round(e / voxel)) for e in extent)
         return x, y, z
 
     def _on_box_changed(self) -> None:
@@ -278,7 +275,6 @@ class MaskedWaveletModel(Model):
         extent = (self.aabb[1] - self.aabb[0]).tolist()
         if config.contract:
             self.collider = NearFarCollider(config.near_plane, config.far_plane)
-            self._step_size = 2 * 2 / max(self.field.resolution)
             return
         box = SceneBox(aabb=self.aabb)
         self.collider = AABBBoxCollider(box, near_plane=config.near_plane)
@@ -293,12 +289,21 @@ class MaskedWaveletModel(Model):
             return self.contraction(positions) / 2
         return (positions - self.aabb[0]) * (2 / (self.aabb[1] - self.aabb[0])) - 1
 
-    # --- rendering ----------------------------------------------------------------------------------
+    def _sample_length(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, " N"] | float:
+        """World length of a sample at grid points, as seen from the middle of the scene."""
+        if self.contraction is None:
+            return self._step_size
+        # The sampler's spacing is uniform up to distance 1 and grows with its square beyond.
+        contracted = 2 * points.abs().amax(dim=-1)
+        distance = 1 / (2 - contracted).clamp(min=1 / self.config.far_plane, max=1)
+        return distance.square() * (2 / self.config.num_samples)
+
+    # --- rendering --------------------------------------------------------------------------------
 
     def _places(
         self, rays: RayBundle
     ) -> tuple[Float[Tensor, "R S"], Float[Tensor, "R S"], Bool[Tensor, "R S"]]:
-        """Middle and length of every place along the rays, and whether it lies on the ray at all."""
+        """Middle and length of every place along the rays, and whether it lies on the ray."""
         assert rays.nears is not None and rays.fars is not None
         # nerfstudio's colliders start at 0 in evaluation; we render what was trained.
         nears = rays.nears.clamp(min=self.config.near_plane)
@@ -312,11 +317,13 @@ class MaskedWaveletModel(Model):
         lengths = torch.full_like(middles, self._step_size)
         return middles, lengths, middles < rays.fars.clamp(max=self.config.far_plane)
 
-    def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Tensor]:
+    def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Renders rays: rgb in [0, 1], accumulation, and expected depth along the ray."""
         spatial = self.spatial()
         middles, lengths, valid = self._places(ray_bundle)
-        positions = ray_bundle.origins[:, None] + ray_bundle.directions[:, None] * middles[..., None]
+        positions = (
+            ray_bundle.origins[:, None] + ray_bundle.directions[:, None] * middles[..., None]
+        )
         points = self.grid_points(positions)
         if self.occupancy.is_known:
             valid = valid & self.occupancy(points)
@@ -362,7 +369,7 @@ class MaskedWaveletModel(Model):
             rgb = rgb + background * (1 - accumulation)
         return rgb if self.training else rgb.clamp(0, 1)
 
-    # --- losses and metrics -------------------------------------------------------------------------
+    # --- losses and metrics -----------------------------------------------------------------------
 
     def _true_and_rendered(self, outputs: dict, batch: dict) -> tuple[Tensor, Tensor]:
         rendered, true = self.renderer_rgb.blend_background_for_loss_computation(
@@ -386,21 +393,27 @@ class MaskedWaveletModel(Model):
         l1_weight = config.l1_weight if self.occupancy.is_known else config.l1_weight_initial
         if l1_weight > 0:
             grids = (*spatial.density.planes, *spatial.density.lines)
-            losses["l1_loss"] = l1_weight * sum(grid.abs().mean() for grid in grids)
+            losses["l1_loss"] = l1_weight * torch.stack([g.abs().mean() for g in grids]).sum()
         for name, weight, grid in (
             ("density", config.tv_weight_density, spatial.density),
             ("appearance", config.tv_weight_appearance, spatial.appearance),
         ):
             if weight > 0:
-                losses[f"tv_loss_{name}"] = weight * sum(
-                    plane.diff(dim=1).square().mean() + plane.diff(dim=2).square().mean()
-                    for plane in grid.planes
+                losses[f"tv_loss_{name}"] = (
+                    weight
+                    * torch.stack(
+                        [
+                            plane.diff(dim=axis).square().mean()
+                            for plane in grid.planes
+                            for axis in (1, 2)
+                        ]
+                    ).sum()
                 )
         return losses
 
     @torch.no_grad()
     def get_metrics_dict(self, outputs, batch) -> dict[str, Tensor]:
-        """PSNR of the batch; in training also the kept fraction per level and the estimated bytes."""
+        """PSNR of the batch; in training also kept fractions and estimated bytes."""
         true, rendered = self._true_and_rendered(outputs, batch)
         metrics = {"psnr": -10 * torch.log10(F.mse_loss(rendered, true))}
         if self.training:
@@ -442,7 +455,7 @@ class MaskedWaveletModel(Model):
         }
         return self.image_metrics(image, rgb), images
 
-    # --- schedule -----------------------------------------------------------------------------------
+    # --- schedule ---------------------------------------------------------------------------------
 
     def _grid_parameters(self, name: Literal["coefficients", "logits"]) -> list[Parameter]:
         return [p for grid in self.field.grids().values() for p in getattr(grid, name)]
@@ -491,7 +504,7 @@ class MaskedWaveletModel(Model):
             self._forget_optimiser_state(attributes)
 
     def _sides(self) -> dict[int, int]:
-        """Voxels per side after each upsampling: equal factors from the initial to the final one."""
+        """Voxels per side after each upsampling, by equal factors."""
         config = self.config
         ratio = config.final_resolution / config.initial_resolution
         steps = sorted(config.upsample_steps)
@@ -514,9 +527,12 @@ class MaskedWaveletModel(Model):
             return
         if not self.occupancy.is_known:
             return
+        # From the occupancy alone, so that a resumed run finds the very same pixels.
         coarse = self.occupancy.coarsened()
-        step = self._step_size * 2 / config.step_ratio
-        num_steps = math.ceil(self._num_steps * self._step_size / step) + 1
+        extent = (self.aabb[1] - self.aabb[0]).tolist()
+        nodes = self.occupancy.cells.shape
+        step = 2 * sum(e / (n - 1) for e, n in zip(extent, nodes, strict=True)) / 3
+        num_steps = math.ceil(math.hypot(*extent) / step) + 1
 
         def can_see(rays: RayBundle) -> Bool[Tensor, "*batch"]:
             flat = rays.flatten()
@@ -534,9 +550,9 @@ class MaskedWaveletModel(Model):
     def update_occupancy(self) -> None:
         """Looks for empty space, at the planes' resolution or ``occupancy_resolution``."""
         spatial = self.field.to_spatial()
-        length = self._step_size * self.config.distance_scale
 
         def opacity(points: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
+            length = self._sample_length(points) * self.config.distance_scale
             return -torch.expm1(-self.field.density(spatial, points) * length)
 
         most = self.config.occupancy_resolution

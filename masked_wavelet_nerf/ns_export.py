@@ -1,6 +1,6 @@
 """Puts ``masked-wavelet`` among the subcommands of ``ns-export``.
 
-nerfstudio 1.1.5 has no way in: the subcommands are a fixed union in ``nerfstudio.scripts.exporter``.
+nerfstudio 1.1.5 has no way in: the subcommands are a fixed union in its ``scripts.exporter``.
 That module imports ``tyro`` first and discovers plugins after, so when a plugin loads, the module's
 ``tyro`` attribute can be replaced by a stand-in that adds one subcommand to the union given to
 ``tyro.cli`` and passes everything else through. Only that one module's attribute is touched. If
@@ -31,14 +31,14 @@ class _TyroStandIn:
 
 
 def _with_our_command(tyro: typing.Any, commands: typing.Any) -> typing.Any:
-    union, *markers = typing.get_args(commands)
+    union, *markers = typing.get_args(commands) or (None,)
     subcommands = typing.get_args(union)
     if typing.get_origin(union) is not typing.Union or not subcommands:
         return commands
     from masked_wavelet_nerf.export import ExportMaskedWavelet
 
     ours = typing.Annotated[ExportMaskedWavelet, tyro.conf.subcommand(name="masked-wavelet")]
-    extended = typing.Union[(*subcommands, ours)]  # noqa: UP007 - built at run time
+    extended = typing.Union[(*subcommands, ours)]
     return typing.Annotated[(extended, *markers)]
 
 

@@ -21,6 +21,8 @@ class FusedAdamOptimizerConfig(AdamOptimizerConfig):
 
     _target: type = torch.optim.Adam
     """The optimizer class to use."""
+    weight_decay: float = 0.0
+    """The weight decay to use."""
     betas: tuple[float, float] = (0.9, 0.99)
     """Decay of the running mean and of the running square (TensoRF's values)."""
     fused: bool = True

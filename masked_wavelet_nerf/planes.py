@@ -30,7 +30,7 @@ from masked_wavelet_nerf.masking import (
     quantise_to_integers,
     quantiser_step,
 )
-from masked_wavelet_nerf.wavelet import Bands, PlaneTransform, make_transform
+from masked_wavelet_nerf.wavelet import Bands, DCTTransform, PlaneTransform, make_transform
 
 PlanesName = Literal["vm", "triplane"]
 """vm: planes times lines (TensoRF); triplane: planes only."""
@@ -95,7 +95,7 @@ class CoefficientGrid(nn.Module):
 
     def forward(
         self, num_levels: int | None = None, threshold: float = 0.0
-    ) -> tuple[Float[Tensor, "C *n"], Int[Tensor, " levels"]]:
+    ) -> tuple[Float[Tensor, "C *n"], Int[Tensor, " _"]]:
         """Quantise → mask → inverse transform.
 
         Args:
@@ -140,46 +140,41 @@ class CoefficientGrid(nn.Module):
             mode = modes[spatial.ndim - 1]
             return F.interpolate(spatial[None], size=size, mode=mode, align_corners=True)[0]
 
-        self._resample(resize, lambda band: band, size)
+        spacings = [
+            (old - 1) / (new - 1) if old > 1 and new > 1 else 1.0
+            for old, new in zip(self._size, size, strict=True)
+        ]
+        self._resample(resize, [(0, spacing) for spacing in spacings], size)
 
     def crop(self, start: tuple[int, ...], stop: tuple[int, ...]) -> None:
         """Keeps texels ``start … stop - 1`` of each axis; what stays is what was there."""
         window = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
-
-        def crop_band(band: Tensor) -> Tensor:
-            part = []
-            for a, b, whole, n in zip(start, stop, self._size, band.shape[2:], strict=True):
-                first = min(a * n // whole, n - 1)
-                part.append(slice(first, max(first + 1, -(-b * n // whole))))
-            return band[(slice(None), slice(None), *part)]
-
         size = tuple(b - a for a, b in zip(start, stop, strict=True))
-        self._resample(lambda spatial: spatial[(slice(None), *window)], crop_band, size)
+        self._resample(
+            lambda spatial: spatial[(slice(None), *window)], [(first, 1.0) for first in start], size
+        )
 
     @torch.no_grad()
     def _resample(
         self,
         resample: Callable[[Tensor], Tensor],
-        resample_band: Callable[[Tensor], Tensor],
+        origins: Sequence[tuple[int, float]],
         size: tuple[int, ...],
     ) -> None:
+        # Per axis, new texel i lies at old texel first + spacing · i, origins = (first, spacing).
         # What is rendered decides the kept coefficients; those that stay dropped go on from their
-        # own, unmasked values, so that they can still come back. Masks are resized band by band:
-        # they are decisions, not a signal to be transformed.
+        # own, unmasked values, so that they can still come back. Masks are carried over band by
+        # band: they are decisions, not a signal to be transformed.
         rendered = self._forward_transform(resample(self()[0]))
         if not len(self.logits):
             self._set_data(rendered, [], size)
             return
-        unmasked = self._forward_transform(resample(self._inverse_transform(self.coefficients)))
+        unmasked = self._forward_transform(
+            resample(self._inverse_transform(list(self.coefficients)))
+        )
         coefficients, logits = [], []
         for level, values in enumerate(rendered):
-            resized = resample_band(self.logits[level])
-            channels, bands = values.shape[:2]
-            resized = F.interpolate(
-                resized.reshape(1, channels * bands, *resized.shape[2:]),
-                size=values.shape[2:],
-                mode="nearest-exact",
-            ).reshape(values.shape)
+            resized = self._carry_logits(level, values.shape[2:], origins, size)
             everything = torch.ones_like(values, dtype=torch.bool)
             step = quantiser_step(values, everything, self.bits or _REFERENCE_BITS)
             needed = values.abs() > step / 2
@@ -187,6 +182,29 @@ class CoefficientGrid(nn.Module):
             coefficients.append(torch.where(resized >= 0, values, unmasked[level]))
             logits.append(resized)
         self._set_data(coefficients, logits, size)
+
+    def _carry_logits(
+        self,
+        level: int,
+        band_size: Sequence[int],
+        origins: Sequence[tuple[int, float]],
+        size: tuple[int, ...],
+    ) -> Tensor:
+        # Every entry takes the logit of the one that it lies on. Bands are those of padded planes,
+        # so it is texels, not fractions of a band, that say where: entry j stands for ``stride``
+        # texels around (j + ½) · stride - ½. A DCT's entries are waves: k half-waves per side.
+        logits: Tensor = self.logits[level]
+        stride = 2 ** (self.transform.num_levels - max(level - 1, 0))
+        for axis, (first, spacing) in enumerate(origins):
+            entry = torch.arange(band_size[axis], dtype=torch.float64, device=logits.device)
+            if isinstance(self.transform, DCTTransform):
+                source = entry * (self._size[axis] / (size[axis] * spacing)) + 0.5
+            else:
+                texel = first + spacing * ((entry + 0.5) * stride - 0.5)
+                source = (texel + 0.5) / stride
+            index = source.floor().long().clamp_(0, logits.shape[2 + axis] - 1)
+            logits = logits.index_select(2 + axis, index)
+        return logits
 
     def _forward_transform(self, spatial: Tensor) -> list[Tensor]:
         if spatial.ndim == 2:
@@ -286,7 +304,7 @@ class FactorisedGrid(nn.Module):
 
     def forward(
         self, num_levels: int | None = None, threshold: float = 0.0
-    ) -> tuple[SpatialGrid, list[Int[Tensor, " levels"]]]:
+    ) -> tuple[SpatialGrid, list[Int[Tensor, " _"]]]:
         """All planes and lines in the spatial domain, and kept counts per grid and level."""
         spatial, counts = [], []
         for grid in self.grids:
@@ -338,6 +356,6 @@ def _replace_data(parameter: nn.Parameter, value: Tensor) -> None:
 
 
 def _sample(image: Float[Tensor, "1 C H W"], xy: Float[Tensor, "N 2"]) -> Float[Tensor, "C N"]:
-    # Of grid_sample, embedding_bag, index_select and a sparse product, grid_sample is the fastest on
-    # CPU, forward and backward (16 channels, 45,000 points, one core: 7 ms against 21, 22 and 10).
+    # Of grid_sample, embedding_bag, index_select and a sparse product, grid_sample is the fastest
+    # on CPU, forward and backward (16 channels, 45,000 points, one core: 7, 21, 22, 10 ms).
     return F.grid_sample(image, xy[None, None], padding_mode="border", align_corners=True)[0, :, 0]

@@ -1,9 +1,9 @@
 """Presets: the ``ns-train`` flags of a reported result, as a TOML file of data only.
 
-    [about]      source, expected, notes: read by people
-    [run]        method, dataparser (nerfstudio's name), threads (0: all cores)
-    [flags]      ns-train flags; nested tables are joined with dots
-    [dataparser] flags of the data parser
+[about]      source, expected, notes: read by people
+[run]        method, dataparser (nerfstudio's name), threads (0: all cores)
+[flags]      ns-train flags; nested tables are joined with dots
+[dataparser] flags of the data parser
 """
 
 from __future__ import annotations

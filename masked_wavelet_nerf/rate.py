@@ -33,7 +33,7 @@ def mask_penalty(logits: Sequence[Float[Tensor, "..."]], form: PenaltyName) -> F
 
 
 def estimate_bytes(
-    kept: Sequence[Int[Tensor, " levels"]],
+    kept: Sequence[Int[Tensor, " _"]],
     totals: Sequence[Sequence[int]],
     bits: int,
     num_network_parameters: int,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-from masked_wavelet_codec import Description
 from rich.console import Group
 from rich.table import Table
+
+from masked_wavelet_codec import Description
 
 
 def kept_by_level(description: Description) -> dict[str, tuple[int, int]]:

@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from masked_wavelet_codec import Cameras as SceneCameras
-from masked_wavelet_codec import CodecError, Scene
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.configs.dataparser_configs import all_dataparsers
+from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager
 from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.pipelines.base_pipeline import Pipeline
 from nerfstudio.utils.eval_utils import eval_setup
 
+from masked_wavelet_codec import Cameras as SceneCameras
+from masked_wavelet_codec import CodecError, Scene
 from masked_wavelet_nerf import __version__
 from masked_wavelet_nerf.errors import UserError
 from masked_wavelet_nerf.model import MaskedWaveletModel, MaskedWaveletModelConfig
@@ -131,7 +132,7 @@ def _build_model(config: MaskedWaveletModelConfig, box: torch.Tensor) -> MaskedW
 def evaluate(pipeline: Pipeline) -> Evaluation:
     """Renders and measures every evaluation view."""
     start = time.perf_counter()
-    metrics = pipeline.get_average_eval_image_metrics()
+    metrics: Any = pipeline.get_average_eval_image_metrics()
     seconds = time.perf_counter() - start
     return Evaluation(
         psnr=metrics["psnr"],
@@ -142,31 +143,29 @@ def evaluate(pipeline: Pipeline) -> Evaluation:
     )
 
 
-# --- run → scene ------------------------------------------------------------------------------------
+# --- run → scene ----------------------------------------------------------------------------------
 
 
 def scene_of_run(run: Run, extra_meta: dict[str, Any]) -> Scene:
     """The scene of a run: everything that rendering it elsewhere needs."""
     config, model_config = run.config, run.config.pipeline.model
     assert isinstance(model_config, MaskedWaveletModelConfig)
+    dataparser, cameras = _dataparser_meta(config), None
+    if run.pipeline is not None:
+        manager = run.pipeline.datamanager
+        assert isinstance(manager, VanillaDataManager)
+        outputs = manager.train_dataparser_outputs
+        dataparser["transform"] = outputs.dataparser_transform.tolist()
+        dataparser["scale"] = float(outputs.dataparser_scale)
+        cameras = _scene_cameras(manager.train_dataset.cameras, manager.eval_dataset.cameras)
     meta: dict[str, Any] = {
         "method": config.method_name,
         "method_version": __version__,
         "step": run.step,
         "model": config_to_json(model_config),
-        "dataparser": _dataparser_meta(config),
+        "dataparser": dataparser,
         **extra_meta,
     }
-    cameras = None
-    if run.pipeline is not None:
-        manager = run.pipeline.datamanager
-        outputs = manager.train_dataparser_outputs  # pyright: ignore[reportAttributeAccessIssue]
-        meta["dataparser"]["transform"] = outputs.dataparser_transform.tolist()
-        meta["dataparser"]["scale"] = float(outputs.dataparser_scale)
-        cameras = _scene_cameras(
-            manager.train_dataset.cameras,  # pyright: ignore[reportOptionalMemberAccess]
-            manager.eval_dataset.cameras,  # pyright: ignore[reportOptionalMemberAccess]
-        )
     return scene_from_model(run.model, model_config.bits or 8, meta, cameras)
 
 
@@ -176,8 +175,8 @@ def _dataparser_meta(config: TrainerConfig) -> dict[str, Any]:
         if type(known) is type(dataparser):
             return {"name": name, "config": config_to_json(dataparser)}
     raise RunError(
-        f"data parser {type(dataparser).__name__}: not registered with nerfstudio, so a decoded run "
-        "could not name it; register it as a plugin (nerfstudio.dataparser_configs)"
+        f"data parser {type(dataparser).__name__}: not registered with nerfstudio, so a decoded "
+        "run could not name it; register it as a plugin (nerfstudio.dataparser_configs)"
     )
 
 
@@ -205,7 +204,7 @@ def _scene_cameras(train: Cameras, evaluation: Cameras) -> SceneCameras:
     )
 
 
-# --- scene → run ------------------------------------------------------------------------------------
+# --- scene → run ----------------------------------------------------------------------------------
 
 
 def model_of_scene(scene: Scene) -> MaskedWaveletModel:
@@ -262,7 +261,9 @@ def write_run(scene: Scene, output_dir: Path, data: Path | None = None) -> Path:
         config.pipeline.datamanager.data = data.absolute()
         dataparser.data = data.absolute()
     config.output_dir, config.experiment_name, config.timestamp = output_dir, ".", "."
-    config.relative_model_dir = output_dir / "nerfstudio_models"  # absolute, so it is taken as it is
+    config.relative_model_dir = (
+        output_dir / "nerfstudio_models"
+    )  # absolute, so it is taken as it is
 
     state = {f"_model.{name}": value for name, value in model.state_dict().items()}
     checkpoint = {

@@ -1,7 +1,7 @@
 """Where rays are sampled: marching, occupancy, packing, and the weights of volume rendering.
 
-Samples are *packed*: of the R × S places along R rays only those that are occupied are kept, as flat
-indices ``ray · S + sample``. One plain torch path serves CPU and CUDA.
+Samples are *packed*: of the R × S places along R rays only those that are occupied are kept, as
+flat indices ``ray · S + sample``. One plain torch path serves CPU and CUDA.
 
 Letters: R rays, S places per ray, N packed samples, X, Y, Z occupancy nodes.
 """
@@ -32,7 +32,8 @@ def march(
 
 def render_weights(optical_depth: Float[Tensor, "R S"]) -> Float[Tensor, "R S"]:
     """w_i = exp(-Σ_{j<i} x_j) · (1 - exp(-x_i)) with x = density · length (Max 1995, eq. 3)."""
-    before = optical_depth.cumsum(dim=-1) - optical_depth
+    # Shifted, not cumsum - x: after a large x that difference has lost what came before.
+    before = F.pad(optical_depth.cumsum(dim=-1)[:, :-1], (1, 0))
     return torch.exp(-before) * -torch.expm1(-optical_depth)
 
 
@@ -71,7 +72,8 @@ class OccupancyGrid(nn.Module):
     ) -> None:
         """Marks nodes whose opacity, or that of one of their 26 neighbours, reaches ``threshold``.
 
-        What was empty stays empty: nothing has been trained there, so its density means nothing.
+        Where it was empty, opacity counts as zero: nothing has been trained there, so its density
+        means nothing. Such a node comes back only beside a neighbour that is opaque.
 
         Args:
             opacity: α of one sample's length at points in [-1, 1]³.

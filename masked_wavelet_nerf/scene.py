@@ -8,28 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from masked_wavelet_codec import Band, Cameras, Grid, Scene
 from torch import Tensor, nn
 
+from masked_wavelet_codec import Band, Cameras, Grid, Scene
 from masked_wavelet_nerf.errors import UserError
 from masked_wavelet_nerf.field import WaveletPlaneField
 from masked_wavelet_nerf.masking import QuantisedBand
 from masked_wavelet_nerf.planes import CoefficientGrid
+from masked_wavelet_nerf.sampling import OccupancyGrid
 
 
-class _Occupancy(Protocol):
-    cells: Tensor
-
-
+@runtime_checkable
 class _Model(Protocol):
     """The parts of a model that a scene holds."""
 
     field: WaveletPlaneField
-    occupancy: _Occupancy
+    occupancy: OccupancyGrid
     aabb: Tensor
 
 
@@ -126,8 +124,8 @@ def _load_grid(grid: CoefficientGrid, stored: Grid) -> None:
     found = [band.values.shape[:2] for band in bands]
     if expected != found or len(stored.size) != len(grid.spatial_size):
         raise SceneMismatchError(
-            f"grid {stored.name}: expected (channels, bands) {[tuple(s) for s in expected]} for its "
-            f"levels, got {[tuple(s) for s in found]}"
+            f"grid {stored.name}: expected (channels, bands) {[tuple(s) for s in expected]} for "
+            f"its levels, got {[tuple(s) for s in found]}"
         )
     grid.load_integers(bands, stored.size)
 
@@ -149,7 +147,7 @@ def config_to_json(config: Any) -> dict[str, Any]:
 
 
 def config_from_json(default: Any, stored: Mapping[str, Any]) -> Any:
-    """``default`` with the stored fields that it knows; unknown ones, of other versions, are ignored.
+    """``default`` with the stored fields that it knows; those of other versions are ignored.
 
     Raises:
         SceneMismatchError: if a field has another type than the default's.

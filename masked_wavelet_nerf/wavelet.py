@@ -2,18 +2,31 @@
 
 A plane is (C, H, W); its bands are an approximation and, per detail level, coarse to fine, the
 horizontal, vertical and diagonal details (PyWavelets' cH, cV, cD). Wavelets use periodization: a
-level halves both sides exactly. Planes whose sides are no multiple of 2^levels are padded at their
-ends by repeating the last texel, and cropped after the inverse.
+level halves both sides exactly. Planes whose sides are no multiple of 2^L are padded at their ends
+by repeating the last texel, and cropped after the inverse.
 
-Level scaling: stored details are the true ones times 2 at the coarsest level … levels + 1 at the
-finest, so that a step of the optimiser changes fine details less.
+Level scaling: stored details are the true ones times 2 at the coarsest level … L + 1 at the finest,
+so that finer ones are learnt more slowly; the approximation's factor is 1.
 
-Letters: C channels, H, W plane size, h, w band size, L levels.
+One level, per axis, is a pair of matrices (low, high): n × n/2 to merge two half-size bands into n
+samples, n/2 × n to split them. With R for the rows, K for the columns and s for the level's factor,
+
+    merge    X    = Σ_ij  R_i · X_ij · K_jᵀ        i, j ∈ {low, high}; details times s or 1 / s
+    split    X_ij =       R_i · X · K_jᵀ
+
+and the adjoint of either is the other one with Rᵀ, Kᵀ. So the inverse transform merges with the
+synthesis matrices and its gradient splits with their transposes; the forward transform splits with
+the analysis matrices. Padding and crop are rows and columns of the finest level's matrices.
+On the CPU a matrix is kept as dense blocks around its band (``bench_transform`` compares), on other
+devices, where calls cost more than zeros, as one block.
+
+Letters: C channels, H, W plane size, h, w band size, n samples along an axis, L levels.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -21,12 +34,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pywt
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 TransformName = Literal["wavelet", "dct", "identity"]
-"""What a plane is stored as."""
+"""What a plane is stored as: wavelet coefficients, DCT coefficients, or the spatial values."""
 
 Size = tuple[int, int]
 
@@ -38,17 +50,21 @@ class Bands(NamedTuple):
 
     approximation: Float[Tensor, "C h w"]
     details: tuple[Float[Tensor, "C 3 h w"], ...]
-    """Coarse to fine; the second axis is horizontal, vertical, diagonal."""
+    """Coarse to fine, each with its own h, w; the 3 are horizontal, vertical, diagonal."""
 
 
 class PlaneTransform(ABC):
-    """A plane to bands and back; holds no parameters."""
+    """A plane to bands and back; holds no parameters, hashes by its settings.
 
-    num_levels: int
+    Both directions raise ``TypeError`` for other than float32 or float64, and ``ValueError`` for
+    shapes that are not those of a plane, or of its bands.
+    """
 
-    @abstractmethod
+    num_levels: int = 0
+
     def band_sizes(self, size: Size) -> tuple[Size, ...]:
         """(h, w) of the approximation, then of each detail level, coarse to fine."""
+        return ((size[0], size[1]),)
 
     @abstractmethod
     def forward(self, plane: Float[Tensor, "C H W"]) -> Bands:
@@ -56,39 +72,43 @@ class PlaneTransform(ABC):
 
     @abstractmethod
     def inverse(self, bands: Bands, size: Size) -> Float[Tensor, "C H W"]:
-        """Synthesis: bands to the plane of ``size`` = (H, W).
+        """Synthesis: bands to the plane of ``size`` = (H, W)."""
 
-        Raises:
-            ValueError: if the bands are not those of a plane of that size.
-        """
+    def _check_plane(self, plane: Tensor) -> Size:
+        _check_dtype("plane", plane)
+        if plane.ndim != 3 or 0 in plane.shape[1:]:
+            raise ValueError(
+                f"plane: expected (C, H, W) with H, W >= 1, got {tuple(plane.shape)}; "
+                "add or merge leading axes first"
+            )
+        return plane.shape[1], plane.shape[2]
 
-    def _check(self, bands: Bands, size: Size) -> None:
-        found = [tuple(b.shape[-2:]) for b in (bands.approximation, *bands.details)]
-        expected = list(self.band_sizes(size))
+    def _check_bands(self, bands: Bands, size: Size) -> None:
+        num_channels = bands.approximation.shape[0]
+        approximation, *details = self.band_sizes(size)
+        expected = [(num_channels, *approximation), *((num_channels, 3, *s) for s in details)]
+        found = [tuple(band.shape) for band in (bands.approximation, *bands.details)]
         if found != expected:
             raise ValueError(
-                f"bands: expected sizes {expected} for a plane of {size} "
-                f"({self.num_levels} levels), got {found}"
+                f"bands: expected shapes {expected} for a plane of {tuple(size)} with "
+                f"{self.num_levels} levels, got {found}; use the size and transform that made them"
             )
+        for band in (bands.approximation, *bands.details):
+            _check_dtype("bands", band)
 
 
 @dataclass(frozen=True)
 class IdentityTransform(PlaneTransform):
     """The plane itself as its approximation."""
 
-    num_levels: int = 0
-
-    def band_sizes(self, size: Size) -> tuple[Size, ...]:
-        """One band, of the plane's size."""
-        return (tuple(size),)
-
     def forward(self, plane: Float[Tensor, "C H W"]) -> Bands:
         """Returns ``plane`` as approximation."""
+        self._check_plane(plane)
         return Bands(plane, ())
 
     def inverse(self, bands: Bands, size: Size) -> Float[Tensor, "C H W"]:
         """Returns the approximation."""
-        self._check(bands, size)
+        self._check_bands(bands, size)
         return bands.approximation
 
 
@@ -96,90 +116,65 @@ class IdentityTransform(PlaneTransform):
 class DCTTransform(PlaneTransform):
     """Orthonormal 2-D DCT-II of the whole plane; all coefficients in ``approximation``."""
 
-    num_levels: int = 0
-
-    def band_sizes(self, size: Size) -> tuple[Size, ...]:
-        """One band, of the plane's size."""
-        return (tuple(size),)
-
     def forward(self, plane: Float[Tensor, "C H W"]) -> Bands:
         """D_H · X · D_Wᵀ."""
-        rows, columns = (_dct_matrix(n, plane.dtype, plane.device) for n in plane.shape[-2:])
-        return Bands(rows @ plane @ columns.T, ())
+        size = self._check_plane(plane)
+        rows, columns = (_dct_matrix(n, plane.dtype, plane.device) for n in size)
+        with torch.autocast(plane.device.type, enabled=False):
+            return Bands(rows @ plane @ columns.T, ())
 
     def inverse(self, bands: Bands, size: Size) -> Float[Tensor, "C H W"]:
         """D_Hᵀ · X · D_W."""
-        self._check(bands, size)
+        self._check_bands(bands, size)
         x = bands.approximation
         rows, columns = (_dct_matrix(n, x.dtype, x.device) for n in size)
-        return rows.T @ x @ columns
+        with torch.autocast(x.device.type, enabled=False):
+            return rows.T @ x @ columns
 
 
 @dataclass(frozen=True)
 class WaveletTransform(PlaneTransform):
-    """Multi-level separable wavelet transform with periodization.
-
-    Attributes:
-        wavelet: name of a discrete PyWavelets wavelet.
-        num_levels: L, 0 to 6.
-        level_scaling: see the module's docstring.
-    """
+    """Multi-level separable wavelet transform with periodization."""
 
     wavelet: str = "bior4.4"
+    """Name of a discrete PyWavelets wavelet."""
     num_levels: int = 4
     level_scaling: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.num_levels <= MAX_LEVELS:
             raise ValueError(f"num_levels: expected 0 to {MAX_LEVELS}, got {self.num_levels}")
-        if self.wavelet not in pywt.wavelist(kind="discrete"):
+        if self.wavelet not in pywt.wavelist(kind="discrete"):  # pyright: ignore[reportAttributeAccessIssue]
+            kind = "a continuous one" if self.wavelet in pywt.wavelist() else "no wavelet"  # pyright: ignore[reportAttributeAccessIssue]
             raise ValueError(
-                f"wavelet: expected a discrete wavelet of PyWavelets (pywt.wavelist"
-                f"(kind='discrete'): haar, db2, bior4.4, …), got {self.wavelet!r}"
+                f"wavelet: expected the name of a discrete wavelet, got {self.wavelet!r} ({kind} of"
+                " PyWavelets); use one of pywt.wavelist(kind='discrete'): haar, db2, bior4.4, …"
             )
-
-    def scale(self, level: int) -> float:
-        """Stored detail over true detail, at ``level`` 1 (coarsest) to L (finest)."""
-        return float(level + 1) if self.level_scaling else 1.0
-
-    def _padded(self, size: Size) -> Size:
-        unit = 2**self.num_levels
-        return -(-size[0] // unit) * unit, -(-size[1] // unit) * unit
 
     def band_sizes(self, size: Size) -> tuple[Size, ...]:
         """Halved level by level from the padded size."""
-        height, width = self._padded(size)
+        unit = 2**self.num_levels
+        height, width = (-(-n // unit) * unit for n in size)
         shifts = [self.num_levels, *range(self.num_levels, 0, -1)]
         return tuple((height >> shift, width >> shift) for shift in shifts)
 
     def forward(self, plane: Float[Tensor, "C H W"]) -> Bands:
         """Analysis, as ``pywt.wavedec2(mode='periodization')`` but for level scaling."""
-        height, width = self._padded((plane.shape[-2], plane.shape[-1]))
-        pad = (0, width - plane.shape[-1], 0, height - plane.shape[-2])
-        approximation = F.pad(plane[None], pad, mode="replicate")[0]
-        details = []
-        for level in range(self.num_levels, 0, -1):
-            h, w = approximation.shape[-2] // 2, approximation.shape[-1] // 2
-            rows = _analysis(self.wavelet, 2 * h, plane.dtype, plane.device)
-            columns = _analysis(self.wavelet, 2 * w, plane.dtype, plane.device)
-            both = rows @ approximation @ columns.T
-            detail = torch.stack((both[:, h:, :w], both[:, :h, w:], both[:, h:, w:]), dim=1)
-            details.append(detail * self.scale(level))
-            approximation = both[:, :h, :w]
-        return Bands(approximation.contiguous(), tuple(reversed(details)))
+        size = self._check_plane(plane)
+        if self.num_levels == 0:
+            return Bands(plane, ())
+        levels = _levels(self, size, "analysis", plane.dtype, plane.device)
+        approximation, *details = _Split.apply(*levels, plane)
+        return Bands(approximation, tuple(details))
 
     def inverse(self, bands: Bands, size: Size) -> Float[Tensor, "C H W"]:
-        """Synthesis: per level Σ S_i · X_ij · S_jᵀ over low and high pass i, j, then the crop."""
-        self._check(bands, size)
+        """Synthesis, as ``pywt.waverec2(mode='periodization')`` but for level scaling."""
+        self._check_bands(bands, size)
         x = bands.approximation
-        for level, detail in enumerate(bands.details, start=1):
-            rows = _synthesis(self.wavelet, 2 * x.shape[-2], x.dtype, x.device)
-            columns = _synthesis(self.wavelet, 2 * x.shape[-1], x.dtype, x.device)
-            horizontal, vertical, diagonal = (detail * (1 / self.scale(level))).unbind(dim=1)
-            low = torch.cat((x, horizontal), dim=-2)
-            high = torch.cat((vertical, diagonal), dim=-2)
-            x = (rows @ torch.cat((low, high), dim=-1)) @ columns.T
-        return x[..., : size[0], : size[1]]
+        if self.num_levels == 0:
+            return x
+        levels = _levels(self, (size[0], size[1]), "synthesis", x.dtype, x.device)
+        return _Merge.apply(*levels, x, *bands.details)
 
 
 def make_transform(
@@ -203,26 +198,168 @@ def make_transform(
     raise ValueError(f"transform: expected 'wavelet', 'dct' or 'identity', got {name!r}")
 
 
-@functools.lru_cache(maxsize=256)
-@torch.no_grad()
-def _synthesis(wavelet: str, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(n, n) matrix that takes [low pass; high pass] of n/2 each to n samples."""
-    unit, zero = np.eye(n // 2), np.zeros(n // 2)
-    low = [pywt.idwt(row, zero, wavelet, mode="periodization") for row in unit]
-    high = [pywt.idwt(zero, row, wavelet, mode="periodization") for row in unit]
-    return torch.from_numpy(np.stack(low + high, axis=1)).to(device, dtype)
+def _check_dtype(argument: str, tensor: Tensor) -> None:
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"{argument}: expected float32 or float64, got {tensor.dtype}; convert with .float()"
+        )
 
 
-@functools.lru_cache(maxsize=256)
-@torch.no_grad()
-def _analysis(wavelet: str, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(n, n) matrix that takes n samples to [low pass; high pass]."""
-    columns = [np.concatenate(pywt.dwt(row, wavelet, mode="periodization")) for row in np.eye(n)]
-    return torch.from_numpy(np.stack(columns, axis=1)).to(device, dtype)
+class _Matrix:
+    """A banded matrix as dense blocks; writes its products into views of larger tensors.
+
+    A block is (rows, columns, values, whether it is the first of its rows: later ones add to it).
+    Autocast leaves ``out=`` forms alone: half precision would be coarser than the quantiser.
+    """
+
+    def __init__(self, dense: np.ndarray, dtype: torch.dtype, device: torch.device) -> None:
+        self.blocks: list[tuple[slice, slice, Tensor, bool]] = []
+        self.num_rows, num_columns = dense.shape
+        # Measured: 64 to 76 samples per block, on either side; fewer are slow, more are zeros.
+        height = 72 if self.num_rows > num_columns else 32
+        num_blocks = max(1, self.num_rows // height) if device.type == "cpu" else 1
+        edges = [self.num_rows * i // num_blocks for i in range(num_blocks + 1)]
+        for start, stop in itertools.pairwise(edges):
+            for i, columns in enumerate(_runs(dense[start:stop].any(axis=0))):
+                part = torch.tensor(dense[start:stop, columns]).to(device, dtype)
+                self.blocks.append((slice(start, stop), columns, part, i == 0))
+
+    def times(self, x: Tensor, out: Tensor, *, factor: float = 1.0, add: bool = False) -> None:
+        """out = factor · M · x for every channel, added to what is there if ``add``."""
+        for rows, columns, values, is_first in self.blocks:
+            part, batch = out[:, rows], values.expand(len(x), -1, -1)
+            beta = float(add or not is_first)
+            torch.baddbmm(part, batch, x[:, columns], beta=beta, alpha=factor, out=part)
+
+    def after(self, x: Tensor, out: Tensor, *, add: bool = False) -> None:
+        """out = x · Mᵀ for 2-D x, added to what is there if ``add``."""
+        for rows, columns, values, is_first in self.blocks:
+            part = out[:, rows]
+            beta = float(add or not is_first)
+            torch.addmm(part, x[:, columns], values.T, beta=beta, out=part)
+
+
+class _Level(NamedTuple):
+    """One level of a transform or of its adjoint: (low, high) per axis, factor of the details."""
+
+    rows: tuple[_Matrix, _Matrix]
+    columns: tuple[_Matrix, _Matrix]
+    factor: float
+
+
+class _Merge(torch.autograd.Function):
+    """Bands to a plane by ``levels`` (coarse to fine), with the levels of the adjoint beside."""
+
+    @staticmethod
+    def forward(ctx, levels, adjoint, approximation, *details):
+        ctx.levels = adjoint, levels
+        x = approximation
+        for level, detail in zip(levels, details, strict=True):
+            x = _merge(level, x, detail)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, None, *_Split.apply(*ctx.levels, gradient)
+
+
+class _Split(torch.autograd.Function):
+    """A plane to (approximation, *details) by ``levels`` (coarse to fine)."""
+
+    @staticmethod
+    def forward(ctx, levels, adjoint, plane):
+        ctx.levels = adjoint, levels
+        details = []
+        for level in reversed(levels):
+            plane, detail = _split(level, plane)
+            details.append(detail)
+        return plane, *reversed(details)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return None, None, _Merge.apply(*ctx.levels, *gradients)
+
+
+def _merge(level: _Level, approximation: Tensor, detail: Tensor) -> Tensor:
+    (row_low, row_high), (column_low, column_high), factor = level
+    num_channels, _, w = approximation.shape
+    low = approximation.new_empty(num_channels, row_low.num_rows, w)
+    high = torch.empty_like(low)
+    row_low.times(approximation, low)
+    row_high.times(detail[:, 0], low, factor=factor, add=True)
+    row_low.times(detail[:, 1], high, factor=factor)
+    row_high.times(detail[:, 2], high, factor=factor, add=True)
+    plane = low.new_empty(*low.shape[:2], column_low.num_rows)
+    column_low.after(low.flatten(0, 1), plane.flatten(0, 1))
+    column_high.after(high.flatten(0, 1), plane.flatten(0, 1), add=True)
+    return plane
+
+
+def _split(level: _Level, plane: Tensor) -> tuple[Tensor, Tensor]:
+    (row_low, row_high), (column_low, column_high), factor = level
+    num_channels, height, _ = plane.shape
+    low = plane.new_empty(num_channels, height, column_low.num_rows)
+    high = torch.empty_like(low)
+    column_low.after(plane.flatten(0, 1), low.flatten(0, 1))
+    column_high.after(plane.flatten(0, 1), high.flatten(0, 1))
+    approximation = low.new_empty(num_channels, row_low.num_rows, low.shape[2])
+    detail = low.new_empty(num_channels, 3, *approximation.shape[1:])
+    row_low.times(low, approximation)
+    row_high.times(low, detail[:, 0], factor=factor)
+    row_low.times(high, detail[:, 1], factor=factor)
+    row_high.times(high, detail[:, 2], factor=factor)
+    return approximation, detail
 
 
 @functools.lru_cache(maxsize=64)
-@torch.no_grad()
+@torch.inference_mode(False)  # what inference caches must serve training too
+def _levels(
+    transform: WaveletTransform,
+    size: Size,
+    direction: Literal["synthesis", "analysis"],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[tuple[_Level, ...], tuple[_Level, ...]]:
+    """The levels of one direction for planes of ``size``, coarse to fine, and of its adjoint."""
+    levels: list[_Level] = []
+    adjoint: list[_Level] = []
+    for level, half_size in enumerate(transform.band_sizes(size)[1:], start=1):
+        is_finest = level == transform.num_levels
+        scale = float(level + 1) if transform.level_scaling else 1.0
+        factor = 1 / scale if direction == "synthesis" else scale
+        axes = [
+            _matrices(transform.wavelet, direction, 2 * half, samples if is_finest else 2 * half)
+            for half, samples in zip(half_size, size, strict=True)
+        ]
+        for side, pairs in ((levels, axes), (adjoint, [(low.T, high.T) for low, high in axes])):
+            rows, columns = (
+                (_Matrix(low, dtype, device), _Matrix(high, dtype, device)) for low, high in pairs
+            )
+            side.append(_Level(rows, columns, factor))
+    return tuple(levels), tuple(adjoint)
+
+
+def _matrices(wavelet: str, direction: str, n: int, samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """(low, high) of one axis of n samples, cropped to or padded from ``samples`` of them."""
+    if direction == "analysis":
+        padded = np.eye(samples)[np.minimum(np.arange(n), samples - 1)]
+        return pywt.dwt(padded, wavelet, mode="periodization", axis=0)
+    unit, zero = np.eye(n // 2), np.zeros((n // 2, n // 2))
+    low = pywt.idwt(unit, zero, wavelet, mode="periodization", axis=0)
+    high = pywt.idwt(zero, unit, wavelet, mode="periodization", axis=0)
+    return low[:samples], high[:samples]
+
+
+def _runs(used: np.ndarray) -> list[slice]:
+    """Stretches of True; short gaps are bridged, as a product costs more than a few zeros."""
+    indices = np.flatnonzero(used)
+    parts = np.split(indices, np.flatnonzero(np.diff(indices) > 8) + 1)
+    # A block of zeros still has to be written: one column does.
+    return [slice(int(p[0]), int(p[-1]) + 1) for p in parts if len(p)] or [slice(0, 1)]
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _dct_matrix(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """D[k, i] = sqrt((1 + [k > 0]) / n) · cos(π (2i + 1) k / 2n)."""
     k, i = np.arange(n)[:, None], np.arange(n)[None]

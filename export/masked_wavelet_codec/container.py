@@ -197,7 +197,7 @@ def readable_payloads(container: Container) -> dict[tuple[SectionType, int], mem
             needed), a checksum is wrong, or a section comes twice.
     """
     if container.profile_id != Profile.PAPER:
-        needed = PROFILE_VERSIONS.get(container.profile_id, container.version)
+        needed = PROFILE_VERSIONS.get(container.profile_id, container.version)  # pyright: ignore[reportCallIssue, reportArgumentType]
         raise CodecError(f"container: profile {container.profile!r}: {_need(needed)}")
     payloads = {}
     for section in container.sections:

@@ -86,7 +86,7 @@ def describe(data: bytes) -> Description:
             section is malformed although its checksum holds.
     """
     parsed = container.parse(data)
-    parts = dict.fromkeys(PARTS, 0)
+    parts: dict[str, int] = dict.fromkeys(PARTS, 0)
     parts["container"] = container.HEADER_BYTES
     for section in parsed.sections:
         part = section.name.partition("[")[0]

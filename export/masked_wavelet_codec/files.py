@@ -32,7 +32,7 @@ def read(path: str | os.PathLike[str], *, size_limit: int = DEFAULT_SIZE_LIMIT) 
         raise CodecError(
             f"container: {os.fspath(path)!r} is larger than the size limit {size_limit}"
         )
-    return decode(data, size_limit=size_limit)
+    return decode(bytes(data), size_limit=size_limit)
 
 
 def write(path: str | os.PathLike[str], scene: Scene, profile: str = "paper") -> int:

@@ -160,10 +160,10 @@ def _decode(
     # The 24 bits from each byte on hold any window that starts within that byte.
     padded = np.zeros(len(data) + 2, np.uint32)
     padded[:-2] = np.frombuffer(data, np.uint8)
-    words = memoryview(padded[:-2] << 16 | padded[1:-1] << 8 | padded[2:])
+    words = memoryview(padded[:-2] << 16 | padded[1:-1] << 8 | padded[2:])  # pyright: ignore[reportArgumentType]
     shift, wrap = 24 - window, (1 << window) - 1
     symbols = array("H", bytes(2 * count))
-    position = 0
+    position = i = 0
     try:
         for i in range(count):
             bits = words[position >> 3] >> (shift - (position & 7)) & wrap

@@ -34,8 +34,8 @@ __all__ = [
 ]
 
 _MAX_META_BYTES = 2**20
-_BYTES_PER_META_BYTE = 40
-"""What parsed JSON takes at most: a list of dicts of one item each comes closest."""
+_BYTES_PER_META_BYTE = 50
+"""What parsed JSON takes at most: dicts of one item each, nested, come closest."""
 _CAMERA = np.dtype([(name, *layout) for name, layout in CAMERA_FIELDS.items()])
 
 

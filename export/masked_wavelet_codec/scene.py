@@ -7,6 +7,7 @@ Levels are numbered coarse to fine: 0 is the approximation, 1 the coarsest detai
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -83,7 +84,7 @@ def equal(a: Scene, b: Scene) -> bool:
     return _is_same(a, b)
 
 
-def _is_same(a: object, b: object) -> bool:
+def _is_same(a: Any, b: Any) -> bool:
     if type(a) is not type(b):
         return False  # 1, 1.0 and True are three things in JSON
     if isinstance(a, (Scene, Grid, Band, Cameras)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -176,7 +177,7 @@ def _check_cameras(cameras: Cameras) -> None:
         raise CodecError("cameras.split: expected 0 (training) or 1 (evaluation)")
 
 
-def _expect_type(value: object, kind: type, where: str) -> None:
+def _expect_type(value: Any, kind: type, where: str) -> None:
     # The exact type: a subclass (bool for int, np.float64 for float) would not come back as itself.
     if type(value) is not kind:
         raise CodecError(
@@ -185,7 +186,7 @@ def _expect_type(value: object, kind: type, where: str) -> None:
         )
 
 
-def _expect_text(value: object, where: str) -> None:
+def _expect_text(value: Any, where: str) -> None:
     _expect_type(value, str, where)
     try:
         value.encode()
@@ -194,7 +195,7 @@ def _expect_text(value: object, where: str) -> None:
 
 
 def _expect_array(
-    array: object, dtype: np.dtype | type, where: str, num_dims: int | None = None
+    array: Any, dtype: np.dtype | type, where: str, num_dims: int | None = None
 ) -> None:
     _expect_type(array, np.ndarray, where)
     if array.dtype != dtype:

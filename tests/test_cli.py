@@ -1,0 +1,294 @@
+"""The commands as a user runs them, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import masked_wavelet_codec as codec
+from masked_wavelet_nerf import cli
+from masked_wavelet_nerf.presets import PresetError, load_preset
+
+BIN = Path(sys.executable).parent
+
+
+def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess:
+    finished = subprocess.run(
+        [str(BIN / str(arguments[0])), *map(str, arguments[1:])],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={"PATH": "/usr/bin:/bin", "HOME": "/tmp", "COLUMNS": "160", "OMP_NUM_THREADS": "2"},
+    )
+    assert finished.returncode == code, finished.stdout[-3000:] + finished.stderr[-3000:]
+    return finished
+
+
+FLAGS = """
+max-num-iterations = 40
+[flags.pipeline.datamanager]
+train-num-rays-per-batch = 128
+[flags.pipeline.model]
+initial-resolution = 12
+final-resolution = 16
+levels = 2
+upsample-steps = [15]
+occupancy-steps = [20]
+density-shift = -4.0
+num-density-components = 3
+num-appearance-components = 4
+hidden-dim = 16
+mask-weight = 1e-3
+mask-penalty = "mean"
+"""
+
+
+@pytest.fixture(scope="module")
+def bench(capture, tmp_path_factory) -> tuple[dict, Path]:
+    """The row of a tiny benchmark, through ns-train, and the folder that it leaves."""
+    folder = tmp_path_factory.mktemp("bench")
+    preset = folder / "tiny.toml"
+    preset.write_text(
+        f'[run]\nmethod = "masked-wavelet-bounded"\ndataparser = "blender-data"\nthreads = 2\n'
+        f"[flags]\n{FLAGS}"
+    )
+    finished = run("mwnerf", "bench", preset, "--data", capture, "--output-dir", folder, "--json")
+    return json.loads(finished.stdout), folder
+
+
+def test_bench_row_from_training_to_decoding(bench):
+    row, folder = bench
+    assert abs(row["psnr_after"] - row["psnr_before"]) <= 0.01
+    assert row["integers_equal"] is True
+    assert row["bytes"] == (folder / "scene.mwnf").stat().st_size
+    assert sum(row["bytes_by_part"].values()) == row["bytes"]
+    assert row["steps"] == 40
+    assert row["steps_per_second"] == pytest.approx(40 / row["train_seconds"])
+    assert 5 < row["psnr_after"] < 60
+    assert 0 <= row["dropped"] < 1
+    assert row["threads"] == 2
+    assert row["device"] == "cpu"
+    assert row["command"].startswith("ns-train masked-wavelet-bounded ")
+    for key in ("encode_seconds", "decode_seconds", "render_rays_per_second", "train_seconds"):
+        assert row[key] > 0
+
+
+def test_bitstream_names_no_path_of_this_machine(bench, capture):
+    _, folder = bench
+    scene = codec.read(folder / "scene.mwnf")
+    text = json.dumps(scene.meta)
+    for part in (str(folder), str(capture), "/tmp", "/root", "/home", str(Path.cwd())):
+        assert part not in text
+    assert scene.meta["method"] == "masked-wavelet-bounded"
+    assert scene.meta["dataparser"]["name"] == "blender-data"
+    assert np.count_nonzero(scene.cameras.split == 0) == 8
+    assert np.count_nonzero(scene.cameras.split == 1) == 3
+    assert scene.cameras.width.tolist() == [24] * 11
+    assert scene.occupancy is not None
+
+
+def test_ns_export_writes_the_same_file_as_bench(bench, tmp_path):
+    _, folder = bench
+    config = folder / "masked-wavelet-bounded" / "trained" / "config.yml"
+    finished = run("ns-export", "masked-wavelet", "--load-config", config, "--output-dir", tmp_path)
+    assert codec.equal(codec.read(tmp_path / "scene.mwnf"), codec.read(folder / "scene.mwnf")), (
+        "mwnerf bench and ns-export differ"
+    )
+    output = finished.stdout
+    for word in ("mask", "values", "networks", "level 0", "level 2", "dB before", "dB after"):
+        assert word in output, word
+
+
+def test_export_without_the_capture_says_so(bench, tmp_path, capture, monkeypatch):
+    _, folder = bench
+    config = folder / "masked-wavelet-bounded" / "trained" / "config.yml"
+    text = config.read_text()
+    moved = tmp_path / "config.yml"
+    # The capture's path is a YAML sequence of its parts: name one that is not there.
+    moved.write_text(text.replace(f"- {capture.parent.name}\n", "- gone\n"))
+    assert moved.read_text() != text
+    finished = run("mwnerf", "export", "--load-config", moved, "--output-dir", tmp_path)
+    assert "capture is not at hand" in finished.stdout
+    with_capture = codec.read(folder / "scene.mwnf")
+    without = codec.read(tmp_path / "scene.mwnf")
+    assert without.cameras is None
+    for one, other in zip(with_capture.grids, without.grids, strict=True):
+        for a, b in zip(one.bands, other.bands, strict=True):
+            np.testing.assert_array_equal(a.values, b.values)
+
+
+def test_ns_eval_opens_a_decoded_run(bench, capture, tmp_path):
+    row, folder = bench
+    run(
+        "mwnerf", "decode", folder / "scene.mwnf", "--output-dir", tmp_path / "run",
+        "--data", capture,
+    )  # fmt: skip
+    run(
+        "ns-eval", "--load-config", tmp_path / "run" / "config.yml",
+        "--output-path", tmp_path / "eval.json",
+    )  # fmt: skip
+    found = json.loads((tmp_path / "eval.json").read_text())["results"]["psnr"]
+    assert found == pytest.approx(row["psnr_before"], abs=0.01)
+
+
+def test_info_describes_the_file(bench):
+    row, folder = bench
+    found = json.loads(run("mwnerf", "info", folder / "scene.mwnf", "--json").stdout)
+    assert found["bytes"] == row["bytes"]
+    assert found["parts"] == row["bytes_by_part"]
+    assert found["profile"] == "paper"
+    assert found["dropped"] == pytest.approx(row["dropped"])
+    assert set(found["kept_by_level"]) == {"level 0", "level 1", "level 2", "lines"}
+    assert found["meta"]["psnr"] == pytest.approx(row["psnr_before"], abs=1e-3)
+    table = run("mwnerf", "info", folder / "scene.mwnf").stdout
+    assert f"{row['bytes']:,}" in table
+    assert "paper" in table
+
+
+def test_ns_export_help_lists_our_subcommand():
+    output = run("ns-export", "--help").stdout
+    assert "masked-wavelet" in output
+    assert "pointcloud" in output
+    assert "--profile" in run("ns-export", "masked-wavelet", "--help").stdout
+    as_module = run("python", "-m", "nerfstudio.scripts.exporter", "--help").stdout
+    assert "masked-wavelet" in as_module
+
+
+def test_methods_are_registered_with_help_on_every_flag():
+    output = run("ns-train", "masked-wavelet-bounded", "--help").stdout
+    for flag in ("transform", "wavelet", "levels", "bits", "mask-weight", "planes", "masks"):
+        assert f"--pipeline.model.{flag} " in output, flag
+    assert "λ, the weight of the mask penalty" in output
+
+
+def test_stand_in_leaves_an_unknown_exporter_alone(monkeypatch):
+    from types import ModuleType
+
+    import tyro
+
+    from masked_wavelet_nerf import ns_export
+
+    strange = ModuleType("nerfstudio.scripts.exporter")
+    monkeypatch.setitem(sys.modules, "nerfstudio.scripts.exporter", strange)
+    ns_export.install()
+    assert not hasattr(strange, "tyro")
+    strange.tyro = tyro
+    ns_export.install()
+    assert strange.tyro is not tyro
+    assert strange.tyro.conf is tyro.conf
+    # A union that is none is passed on untouched.
+    assert strange.tyro.cli(int, args=["3"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nonsense"], "unknown command 'nonsense'"),
+        (["info", "{folder}/absent.mwnf"], "No such file"),
+        (["info", "{folder}/foreign"], "container"),
+        (["decode", "{folder}/foreign", "--output-dir", "{folder}/run"], "container"),
+        (["decode", "{folder}/cut.mwnf", "--output-dir", "{folder}/run"], "section"),
+        (["export", "--load-config", "{folder}/none.yml", "--output-dir", "x"], "no such file"),
+        (["preset", "{folder}/foreign", "--data", "x"], "not TOML"),
+        (["bench", "{folder}/absent.toml", "--data", "x"], "cannot be read"),
+    ],
+)
+def test_bad_input_is_one_readable_line(bench, tmp_path, capsys, arguments, message):
+    (tmp_path / "foreign").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(200)))
+    data = (bench[1] / "scene.mwnf").read_bytes()
+    (tmp_path / "cut.mwnf").write_bytes(data[: len(data) // 2])
+    assert cli.main([a.format(folder=tmp_path) for a in arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert len(captured.err.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_flipped_byte_is_found(bench, tmp_path, capsys):
+    data = bytearray((bench[1] / "scene.mwnf").read_bytes())
+    data[-10] ^= 1
+    (tmp_path / "flipped.mwnf").write_bytes(data)
+    assert cli.main(["info", str(tmp_path / "flipped.mwnf")]) == 2
+    assert "checksum" in capsys.readouterr().err
+
+
+def test_failed_export_leaves_the_old_file(bench, tmp_path, monkeypatch):
+    from masked_wavelet_nerf import export, runs
+
+    path = tmp_path / "scene.mwnf"
+    path.write_bytes(b"precious")
+    run_ = runs.open_run(bench[1] / "masked-wavelet-bounded" / "trained" / "config.yml")
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        export.export_run(run_, path)
+    assert path.read_bytes() == b"precious"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_presets_name_what_is_wrong(tmp_path):
+    path = tmp_path / "p.toml"
+    path.write_text('[run]\nmethod = "masked-wavelet"\n')
+    with pytest.raises(PresetError, match="lacks 'dataparser'"):
+        load_preset(path)
+    path.write_text("[flag]\n")
+    with pytest.raises(PresetError, match="unknown tables"):
+        load_preset(path)
+
+
+def test_committed_presets_are_understood_by_ns_train():
+    import tyro
+    from nerfstudio.configs.method_configs import all_methods
+
+    for path in Path(__file__).parent.parent.glob("configs/*.toml"):
+        preset = load_preset(path)
+        arguments = preset.arguments(Path("capture"))
+        config = tyro.cli(
+            type(all_methods[preset.method]), default=all_methods[preset.method], args=arguments[1:]
+        )
+        model = config.pipeline.model
+        assert str(config.data) == "capture"
+        assert config.optimizers["grids"]["scheduler"].restarts == model.upsample_steps
+        assert config.optimizers["grids"]["scheduler"].max_steps == config.max_num_iterations
+
+
+def test_wheel_holds_both_packages_and_nothing_else(tmp_path):
+    import shutil
+    import zipfile
+
+    source = tmp_path / "source"
+    root = Path(__file__).parent.parent
+    source.mkdir()
+    for name in ("masked_wavelet_nerf", "export", "configs", "tests"):
+        shutil.copytree(root / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, source / name)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(source)],
+        check=True,
+        timeout=300,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        entry_points = next(n for n in names if n.endswith("entry_points.txt"))
+        text = archive.read(entry_points).decode()
+    tops = {name.split("/")[0] for name in names}
+    assert {t for t in tops if not t.endswith(".dist-info")} == {
+        "masked_wavelet_nerf",
+        "masked_wavelet_codec",
+    }
+    for module in ("masked_wavelet_nerf/model.py", "masked_wavelet_codec/paper.py",
+                   "masked_wavelet_nerf/datasets/sample.py"):  # fmt: skip
+        assert module in names
+    assert "masked-wavelet-bounded = masked_wavelet_nerf.method:masked_wavelet_bounded" in text
+    assert "mwnerf = masked_wavelet_nerf.cli:entrypoint" in text
