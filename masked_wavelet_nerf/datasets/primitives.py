@@ -6,6 +6,9 @@ what distance a ray enters it, and which way its surface faces there.
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -133,6 +136,104 @@ class Frustum:
 
 
 @dataclass(frozen=True)
+class Rod:
+    """A round rod with round ends, between any two points."""
+
+    start: tuple[float, float, float]
+    end: tuple[float, float, float]
+    radius: float
+
+    def enter(self, origins: Array, directions: Array) -> Array:
+        """Distance (R,) at which rays (R, 3) enter; infinite where they miss."""
+        axis = np.subtract(self.end, self.start)
+        length2 = axis @ axis
+        offset = origins - np.array(self.start)
+        ray_axis, offset_axis = directions @ axis, offset @ axis
+        a = length2 - ray_axis**2
+        b = length2 * np.einsum("ri,ri->r", directions, offset) - offset_axis * ray_axis
+        c = length2 * (np.einsum("ri,ri->r", offset, offset) - self.radius**2) - offset_axis**2
+        root = b * b - a * c
+        with np.errstate(divide="ignore", invalid="ignore"):
+            side = (-b - np.sqrt(np.maximum(root, 0))) / a
+            along = (offset_axis + side * ray_axis) / length2
+        on_side = (root > 0) & (side > _CLEAR) & (along >= 0) & (along <= 1)
+        found = np.where(on_side, side, np.inf)
+        for end in (self.start, self.end):
+            found = np.minimum(found, Sphere(end, self.radius).enter(origins, directions))
+        return found
+
+    def normals(self, points: Array) -> Array:
+        """Unit normals (P, 3), outwards, at points (P, 3) of the surface."""
+        axis = np.subtract(self.end, self.start)
+        along = np.clip((points - np.array(self.start)) @ axis / (axis @ axis), 0, 1)
+        return (points - np.array(self.start) - along[:, None] * axis) / self.radius
+
+
+@dataclass(frozen=True)
+class Hull:
+    """A convex solid with flat faces: all points with normal · point <= offset at every face."""
+
+    faces: tuple[tuple[tuple[float, float, float], float], ...]
+    """Outward unit normals and offsets."""
+
+    @functools.cached_property
+    def _planes(self) -> tuple[Array, Array]:
+        return np.array([n for n, _ in self.faces]), np.array([o for _, o in self.faces])
+
+    def enter(self, origins: Array, directions: Array) -> Array:
+        """Distance (R,) at which rays (R, 3) enter; infinite where they miss."""
+        normals, offsets = self._planes
+        approach = directions @ normals.T
+        room = offsets - origins @ normals.T
+        with np.errstate(divide="ignore", invalid="ignore"):
+            crossing = room / approach
+        near = np.where(approach < 0, crossing, -np.inf).max(-1)
+        far = np.where(approach > 0, crossing, np.inf).min(-1)
+        passes = ((approach != 0) | (room >= 0)).all(-1)
+        return np.where(passes & (near <= far) & (near > _CLEAR), near, np.inf)
+
+    def normals(self, points: Array) -> Array:
+        """Unit normals (P, 3), outwards, at points (P, 3) of the surface."""
+        normals, offsets = self._planes
+        return normals[np.abs(points @ normals.T - offsets).argmin(-1)]
+
+    @property
+    def corners(self) -> Array:
+        """(N, 3): where three faces meet."""
+        normals, offsets = self._planes
+        corners = []
+        for trio in itertools.combinations(range(len(offsets)), 3):
+            three = normals[list(trio)]
+            if abs(np.linalg.det(three)) > 1e-9:
+                corner = np.linalg.solve(three, offsets[list(trio)])
+                if (normals @ corner <= offsets + 1e-9).all():
+                    corners.append(corner)
+        return np.array(corners)
+
+
+def enclosing_ball(solid: Solid) -> tuple[Array, float]:
+    """Centre (3,) and radius of a ball around a solid."""
+    match solid:
+        case Sphere(centre, radius):
+            return np.array(centre), radius
+        case Box(low, high):
+            return np.add(low, high) / 2, float(np.linalg.norm(np.subtract(high, low)) / 2)
+        case Frustum(centre, bottom, top, bottom_radius, top_radius):
+            reach = math.hypot(max(bottom_radius, top_radius), (top - bottom) / 2)
+            return np.array([*centre, (bottom + top) / 2]), reach
+        case Rod(start, end, radius):
+            length = float(np.linalg.norm(np.subtract(end, start)))
+            return np.add(start, end) / 2, length / 2 + radius
+        case Hull():
+            corners = solid.corners
+            middle = (corners.min(0) + corners.max(0)) / 2
+            return middle, float(np.linalg.norm(corners - middle, axis=-1).max())
+    raise TypeError(
+        f"no ball is known around {type(solid).__name__}; add a case for it to enclosing_ball"
+    )
+
+
+@dataclass(frozen=True)
 class Part:
     """A solid with its paint."""
 
@@ -172,16 +273,5 @@ def bricks(brick: Array, mortar: Array, size: tuple[float, float]) -> Callable[[
         joint = (along % 1 < 0.12) | (up % 1 < 0.2)
         shade = 0.8 + 0.2 * np.sin(12.9 * np.floor(along) + 78.2 * row)
         return np.where(joint[:, None], mortar, brick * shade[:, None])
-
-    return colour
-
-
-def rings(one: Array, other: Array, width: float) -> Callable[[Array], Array]:
-    """A checker of rings and sectors around the origin, for the ground."""
-
-    def colour(points: Array) -> Array:
-        ring = np.floor(np.hypot(points[:, 0], points[:, 1]) / width)
-        sector = np.floor(np.arctan2(points[:, 1], points[:, 0]) / (2 * np.pi) * 24)
-        return np.where(((ring + sector) % 2 == 0)[:, None], one, other)
 
     return colour
