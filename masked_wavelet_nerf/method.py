@@ -72,6 +72,8 @@ masked_wavelet_bounded = MethodSpecification(
         MaskedWaveletModelConfig(
             contract=False,
             background_color="white",
+            near_plane=2.0,
+            far_plane=6.0,
         ),
         steps=30000,
         rays=4096,

@@ -112,9 +112,9 @@ class MaskedWaveletModelConfig(ModelConfig):
     """Bounded scenes: after an occupancy step train only on pixels that can see something."""
 
     near_plane: float = 0.05
-    """Distance from the camera at which sampling starts."""
+    """Distance from the camera at which sampling starts in training."""
     far_plane: float = 1000.0
-    """Distance from the camera at which sampling ends."""
+    """Distance from the camera at which sampling ends in training."""
     step_ratio: float = 0.5
     """Bounded scenes: distance between samples, in voxels."""
     num_samples: int = 192
@@ -280,8 +280,7 @@ class MaskedWaveletModel(Model):
         self.collider = AABBBoxCollider(box, near_plane=config.near_plane)
         voxels = [e / (n - 1) for e, n in zip(extent, self.field.resolution, strict=True)]
         self._step_size = config.step_ratio * sum(voxels) / 3
-        longest = min(math.hypot(*extent), config.far_plane - config.near_plane)
-        self._num_steps = math.ceil(longest / self._step_size) + 1
+        self._num_steps = math.ceil(math.hypot(*extent) / self._step_size) + 1
 
     def grid_points(self, positions: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*batch 3"]:
         """World positions to points in [-1, 1]³ of the planes."""
@@ -305,17 +304,20 @@ class MaskedWaveletModel(Model):
     ) -> tuple[Float[Tensor, "R S"], Float[Tensor, "R S"], Bool[Tensor, "R S"]]:
         """Middle and length of every place along the rays, and whether it lies on the ray."""
         assert rays.nears is not None and rays.fars is not None
-        # nerfstudio's colliders start at 0 in evaluation; we render what was trained.
-        nears = rays.nears.clamp(min=self.config.near_plane)
         if self.config.contract:
-            rays.nears = nears
             samples = self.sampler(rays)
             starts, ends = samples.frustums.starts[..., 0], samples.frustums.ends[..., 0]
             return (starts + ends) / 2, ends - starts, torch.ones_like(starts, dtype=torch.bool)
-        jitter = torch.rand_like(nears) if self.training else None
-        middles = march(nears, self._step_size, self._num_steps, jitter)
-        lengths = torch.full_like(middles, self._step_size)
-        return middles, lengths, middles < rays.fars.clamp(max=self.config.far_plane)
+        fars, num_steps, jitter = rays.fars, self._num_steps, None
+        if self.training:
+            # Near and far bound training only, as in nerfstudio: a viewer may come as close, and go
+            # as far, as it likes.
+            near_plane, far_plane = self.config.near_plane, self.config.far_plane
+            fars = fars.clamp(max=far_plane)
+            num_steps = min(num_steps, math.ceil((far_plane - near_plane) / self._step_size))
+            jitter = torch.rand_like(rays.nears)
+        middles = march(rays.nears, self._step_size, num_steps, jitter)
+        return middles, torch.full_like(middles, self._step_size), middles < fars
 
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Renders rays: rgb in [0, 1], accumulation, and expected depth along the ray."""

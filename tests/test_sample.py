@@ -245,7 +245,7 @@ def test_shadow_falls_away_from_the_sun():
 
 
 def test_openness_is_that_of_balls_under_a_uniform_sky(monkeypatch):
-    monkeypatch.setattr(sample, "_OCCLUDERS", np.array([[0.0, 0.0, 2.0, 0.5]]))
+    monkeypatch.setattr(lighthouse, "_OCCLUDERS", np.array([[0.0, 0.0, 2.0, 0.5]]))
     points = np.array([[0.0, 0, 0], [0, 0, 4], [2.0, 0, 0], [0, 0, 1.0]])
     up = np.array([[0.0, 0.0, 1.0]] * 4)
     # Overhead at distance 2; behind; at 45° and distance √8; touching nothing at distance 1.

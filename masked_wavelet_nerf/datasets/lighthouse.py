@@ -9,6 +9,7 @@ Letters: R rays, P points on surfaces. Colours are linear reflectances until the
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 
