@@ -225,11 +225,10 @@ class _Matrix:
                 self.blocks.append((slice(start, stop), columns, part, i == 0))
 
     def times(self, x: Tensor, out: Tensor, *, factor: float = 1.0, add: bool = False) -> None:
-        """out = factor · M · x for every channel, added to what is there if ``add``."""
+        """out = factor · M · x for 2-D x, added to what is there if ``add``."""
         for rows, columns, values, is_first in self.blocks:
-            part, batch = out[:, rows], values.expand(len(x), -1, -1)
             beta = float(add or not is_first)
-            torch.baddbmm(part, batch, x[:, columns], beta=beta, alpha=factor, out=part)
+            torch.addmm(out[rows], values, x[columns], beta=beta, alpha=factor, out=out[rows])
 
     def after(self, x: Tensor, out: Tensor, *, add: bool = False) -> None:
         """out = x · Mᵀ for 2-D x, added to what is there if ``add``."""
@@ -253,10 +252,10 @@ class _Merge(torch.autograd.Function):
     @staticmethod
     def forward(ctx, levels, adjoint, approximation, *details):
         ctx.levels = adjoint, levels
-        x = approximation
+        x = approximation.movedim(0, 1).contiguous()
         for level, detail in zip(levels, details, strict=True):
-            x = _merge(level, x, detail)
-        return x
+            x = _merge(level, x, detail.permute(2, 1, 0, 3).contiguous())
+        return x.movedim(0, 1).contiguous()
 
     @staticmethod
     def backward(ctx, gradient):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -269,26 +268,30 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx, levels, adjoint, plane):
         ctx.levels = adjoint, levels
-        details = []
+        x, details = plane.movedim(0, 1).contiguous(), []
         for level in reversed(levels):
-            plane, detail = _split(level, plane)
-            details.append(detail)
-        return plane, *reversed(details)
+            x, detail = _split(level, x)
+            details.append(detail.permute(2, 1, 0, 3).contiguous())
+        return x.movedim(0, 1).contiguous(), *reversed(details)
 
     @staticmethod
     def backward(ctx, *gradients):
         return None, None, _Merge.apply(*ctx.levels, *gradients)
 
 
+# One level works on (h, C, w) and (h, 3, C, w): both axes are then products of 2-D matrices, with no
+# loop over channels (which is what batched products into views come down to on CPU).
+
+
 def _merge(level: _Level, approximation: Tensor, detail: Tensor) -> Tensor:
     (row_low, row_high), (column_low, column_high), factor = level
-    num_channels, _, w = approximation.shape
-    low = approximation.new_empty(num_channels, row_low.num_rows, w)
+    _, num_channels, w = approximation.shape
+    low = approximation.new_empty(row_low.num_rows, num_channels, w)
     high = torch.empty_like(low)
-    row_low.times(approximation, low)
-    row_high.times(detail[:, 0], low, factor=factor, add=True)
-    row_low.times(detail[:, 1], high, factor=factor)
-    row_high.times(detail[:, 2], high, factor=factor, add=True)
+    row_low.times(approximation.flatten(1), low.flatten(1))
+    row_high.times(detail[:, 0].flatten(1), low.flatten(1), factor=factor, add=True)
+    row_low.times(detail[:, 1].flatten(1), high.flatten(1), factor=factor)
+    row_high.times(detail[:, 2].flatten(1), high.flatten(1), factor=factor, add=True)
     plane = low.new_empty(*low.shape[:2], column_low.num_rows)
     column_low.after(low.flatten(0, 1), plane.flatten(0, 1))
     column_high.after(high.flatten(0, 1), plane.flatten(0, 1), add=True)
@@ -297,17 +300,17 @@ def _merge(level: _Level, approximation: Tensor, detail: Tensor) -> Tensor:
 
 def _split(level: _Level, plane: Tensor) -> tuple[Tensor, Tensor]:
     (row_low, row_high), (column_low, column_high), factor = level
-    num_channels, height, _ = plane.shape
-    low = plane.new_empty(num_channels, height, column_low.num_rows)
+    height, num_channels, _ = plane.shape
+    low = plane.new_empty(height, num_channels, column_low.num_rows)
     high = torch.empty_like(low)
     column_low.after(plane.flatten(0, 1), low.flatten(0, 1))
     column_high.after(plane.flatten(0, 1), high.flatten(0, 1))
-    approximation = low.new_empty(num_channels, row_low.num_rows, low.shape[2])
-    detail = low.new_empty(num_channels, 3, *approximation.shape[1:])
-    row_low.times(low, approximation)
-    row_high.times(low, detail[:, 0], factor=factor)
-    row_low.times(high, detail[:, 1], factor=factor)
-    row_high.times(high, detail[:, 2], factor=factor)
+    approximation = low.new_empty(row_low.num_rows, num_channels, low.shape[2])
+    detail = low.new_empty(row_low.num_rows, 3, num_channels, low.shape[2])
+    row_low.times(low.flatten(1), approximation.flatten(1))
+    row_high.times(low.flatten(1), detail[:, 0].flatten(1), factor=factor)
+    row_low.times(high.flatten(1), detail[:, 1].flatten(1), factor=factor)
+    row_high.times(high.flatten(1), detail[:, 2].flatten(1), factor=factor)
     return approximation, detail
 
 
