@@ -279,8 +279,8 @@ class _Split(torch.autograd.Function):
         return None, None, _Merge.apply(*ctx.levels, *gradients)
 
 
-# One level works on (h, C, w) and (h, 3, C, w): both axes are then products of 2-D matrices, with no
-# loop over channels (which is what batched products into views come down to on CPU).
+# One level works on (h, C, w) and (h, 3, C, w): both axes are then products of 2-D matrices, with
+# no loop over channels (which is what batched products into views come down to on CPU).
 
 
 def _merge(level: _Level, approximation: Tensor, detail: Tensor) -> Tensor:

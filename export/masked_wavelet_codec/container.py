@@ -71,7 +71,7 @@ class Profile(enum.IntEnum):
     """Reserved for format 1.1."""
 
 
-PROFILE_VERSIONS = {Profile.PAPER: (1, 0), Profile.RANGE: (1, 1)}
+PROFILE_VERSIONS: dict[int, tuple[int, int]] = {Profile.PAPER: (1, 0), Profile.RANGE: (1, 1)}
 """The version with which each profile came."""
 
 
@@ -197,7 +197,7 @@ def readable_payloads(container: Container) -> dict[tuple[SectionType, int], mem
             needed), a checksum is wrong, or a section comes twice.
     """
     if container.profile_id != Profile.PAPER:
-        needed = PROFILE_VERSIONS.get(container.profile_id, container.version)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        needed = PROFILE_VERSIONS.get(container.profile_id, container.version)
         raise CodecError(f"container: profile {container.profile!r}: {_need(needed)}")
     payloads = {}
     for section in container.sections:

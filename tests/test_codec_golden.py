@@ -1,0 +1,67 @@
+"""Files written once, pinned byte for byte: format 1.0 is read and written like this for ever.
+
+To write them anew after a deliberate change of the format (with a new version): run this module.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_codec_scenes import make_cameras, make_line, make_plane, make_scene
+
+import masked_wavelet_codec as codec
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def scene_of(name: str) -> codec.Scene:
+    """The scene in each file, by formula."""
+    if name == "paper-8-bit":
+        return make_scene(8)
+    if name == "paper-12-bit":
+        grids = (
+            make_plane("plane", (33, 20), 7, levels=3, bits=12, residue=1, modulus=23),
+            make_line("line", 33, 7, bits=12),
+        )
+        return make_scene(12, grids=grids, meta={"text": ["long enough to be packed"] * 20})
+    if name == "paper-sparse":
+        # Long runs of zero bytes, levels without a survivor, nothing that is optional.
+        grids = (make_plane("plane", (200, 130), 2, levels=4, residue=1, modulus=4099),)
+        return codec.Scene({}, 8, grids, {}, None, None)
+    assert name == "paper-empty"
+    return codec.Scene({}, 2, (), {}, None, make_cameras(0))
+
+
+NAMES = ["paper-8-bit", "paper-12-bit", "paper-sparse", "paper-empty"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decodes_to_the_scene_of_the_formula(name):
+    assert codec.equal(codec.read(GOLDEN / f"{name}.mwnf"), scene_of(name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_encodes_to_the_same_bytes(name):
+    assert codec.encode(scene_of(name)) == (GOLDEN / f"{name}.mwnf").read_bytes()
+
+
+def test_both_ways_to_store_a_block_are_pinned():
+    methods = set()
+    for name in NAMES:
+        data = (GOLDEN / f"{name}.mwnf").read_bytes()
+        length_of_text = 2 if data[32] >= 0x80 else 1
+        methods.add(data[32 + length_of_text])
+    assert methods == {0, 1}
+
+
+def test_every_golden_file_is_tested_and_small():
+    found = sorted(GOLDEN.glob("*.mwnf"))
+    assert [path.stem for path in found] == sorted(NAMES)
+    assert sum(path.stat().st_size for path in found) < 20_000
+
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(exist_ok=True)
+    for golden in NAMES:
+        codec.write(GOLDEN / f"{golden}.mwnf", scene_of(golden))

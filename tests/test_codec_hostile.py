@@ -1,0 +1,453 @@
+"""Whatever the bytes are, decoding gives a scene or a ``CodecError``, soon and in little memory."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import lzma
+import random
+import struct
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+from test_codec_scenes import make_line, make_plane, make_scene
+
+import masked_wavelet_codec as codec
+from masked_wavelet_codec import container, huffman, layout, runlength
+from masked_wavelet_codec.binary import Reader, Writer
+from masked_wavelet_codec.blocks import write_block
+from masked_wavelet_codec.container import Profile, SectionType
+
+LIMIT = 2**20
+"""Size limit in bytes: far above the small scenes, far below what a hostile count asks for."""
+
+
+def small_scene(bits: int = 8) -> codec.Scene:
+    return make_scene(
+        bits,
+        grids=(make_plane("p", (5, 6), 3, 1, bits), make_line("l", 9, 2, bits)),
+        meta={"box": [[-1.5, 1.0]], "name": "Zoë", "deep": {"a": [None, True, 3]}},
+    )
+
+
+def survives(data: bytes) -> bool:
+    """Decode and describe; True where decoding gives a scene. Anything but CodecError escapes."""
+    start, message = time.perf_counter(), ""
+    with contextlib.suppress(codec.CodecError):
+        codec.describe(data)
+    try:
+        codec.decode(data, size_limit=LIMIT)
+    except codec.CodecError as error:
+        message = str(error)
+    assert time.perf_counter() - start < 2
+    assert message.startswith(("section ", "container: ")) or not message
+    return not message
+
+
+def rebuild(data: bytes, name: str, payload: bytes) -> bytes:
+    """The file with another payload in one section, checksums right."""
+    sections = [
+        dataclasses.replace(section, payload=payload) if section.name == name else section
+        for section in container.parse(data).sections
+    ]
+    assert name in [section.name for section in sections]
+    return container.build(Profile.PAPER, sections)
+
+
+def refuse(payload: bytes, name: str, match: str, scene: codec.Scene | None = None) -> None:
+    """Check that this payload in one section of a good file is refused, without taking memory."""
+    data = rebuild(codec.encode(scene or small_scene()), name, payload)
+    tracemalloc.start()
+    try:
+        with pytest.raises(codec.CodecError, match=match) as caught:
+            codec.decode(data)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert str(caught.value).startswith(f"section {name}: ")
+    assert peak < 4 * 2**20 + 100 * len(data)
+
+
+def payload_of(*fields: int | str | bytes | float) -> bytes:
+    """Fields of a payload: int as varint, str as name, bytes as they are, float as float32."""
+    writer = Writer()
+    for field in fields:
+        kind = {int: writer.varint, str: writer.text, bytes: writer.raw, float: writer.f32}
+        kind[type(field)](field)
+    return writer.getvalue()
+
+
+# Damage without a motive.
+
+
+@pytest.mark.parametrize("bits", [8, 12])
+def test_every_truncation(bits):
+    data = codec.encode(small_scene(bits))
+    for length in range(len(data)):
+        assert not survives(data[:length])
+
+
+def test_every_truncation_of_every_section_with_a_right_checksum():
+    data = codec.encode(small_scene())
+    for section in container.parse(data).sections:
+        for length in range(len(section.payload)):
+            assert not survives(rebuild(data, section.name, bytes(section.payload[:length])))
+        assert not survives(rebuild(data, section.name, bytes(section.payload) + b"\0"))
+
+
+def test_every_single_bit_flip_is_noticed():
+    data = codec.encode(small_scene())
+    for position in range(len(data)):
+        changed = bytearray(data)
+        changed[position] ^= 1 << position % 8
+        assert not survives(bytes(changed)), position
+
+
+def mutate(payload: bytes, rng: random.Random) -> bytes:
+    """One to three edits: flip, set, insert, delete, copy, and the numbers that hurt."""
+    changed = bytearray(payload)
+    for _ in range(rng.randint(1, 3)):
+        position, other = (rng.randint(0, len(changed)) for _ in range(2))
+        kind = rng.randrange(6)
+        if kind == 0 and position < len(changed):
+            changed[position] ^= 1 << rng.randrange(8)
+        elif kind == 1 and position < len(changed):
+            changed[position] = rng.choice([0, 1, 0x7F, 0x80, 0xFF])
+        elif kind == 2:
+            changed[position:position] = bytes(rng.choices(range(256), k=rng.randint(1, 4)))
+        elif kind == 3:
+            del changed[position : position + rng.randint(1, 4)]
+        elif kind == 4:
+            changed[position:position] = changed[other : other + 8]
+        else:
+            changed[position : position + 1] = payload_of(1 << rng.randrange(63))
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("bits", [8, 12])
+def test_thousands_of_mutations_behind_the_checksum(bits):
+    rng = random.Random(bits)
+    data = codec.encode(small_scene(bits))
+    sections = container.parse(data).sections
+    decoded = 0
+    for _ in range(4000):
+        section = rng.choice(sections)
+        decoded += survives(rebuild(data, section.name, mutate(bytes(section.payload), rng)))
+    # Raw floats and values cannot be told from good ones; without such cases nothing is tested.
+    assert 200 < decoded < 3000
+
+
+def test_a_thousand_mutations_of_the_frame():
+    rng = random.Random(3)
+    data = codec.encode(small_scene())
+    for _ in range(1000):
+        changed = mutate(data, rng)
+        assert changed == data or not survives(changed)
+
+
+def test_mutations_take_little_memory():
+    rng = random.Random(4)
+    data = codec.encode(small_scene())
+    sections = container.parse(data).sections
+    tracemalloc.start()
+    try:
+        for _ in range(500):
+            section = rng.choice(sections)
+            survives(rebuild(data, section.name, mutate(bytes(section.payload), rng)))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * LIMIT + 8 * 2**20  # a Huffman table has 2**16 entries in two lists
+
+
+def test_random_bytes_after_the_magic():
+    rng = random.Random(5)
+    for length in range(200):
+        assert not survives(container.MAGIC + bytes(rng.choices(range(256), k=length)))
+
+
+# Damage with a motive: counts that ask for memory.
+
+
+@pytest.mark.parametrize("count", [2**32, 2**60, 2**63 - 1])
+@pytest.mark.parametrize(
+    ("name", "fields", "match"),
+    [
+        ("meta", ("count", b"\0"), "bytes of JSON, expected 1048576 at most"),
+        ("cameras", ("count", b"\0"), r"needs \d+ bytes of memory|more than 2\*\*48"),
+        ("networks", ("count",), "truncated"),
+        ("networks", (1, "a", 1, "count"), r"needs \d+ bytes|more than 2\*\*48"),
+        ("networks", (1, "count"), "truncated"),
+        ("occupancy", ("count", 1, 1, b"\0"), r"needs \d+ bytes|more than 2\*\*48"),
+        ("occupancy", (2**20, 2**20, 2**20, b"\0"), r"more than 2\*\*48"),
+        ("grids", (8, "count"), "truncated"),
+        ("grids", (8, 1, "count"), "truncated"),
+        ("grids", (8, 1, "a", 1, 4, 1, 1, 4, 0.5, "count"), "kept of 4 coefficients"),
+        ("grids", (8, 1, "a", 1, "count", 1, 1, 4, 0.5, 0), "expected less than"),
+        ("mask[0]", ("count", b"\x80" + bytes(33)), "complete|declared"),
+    ],
+)
+def test_hostile_counts_are_refused_before_memory_is_taken(name, fields, match, count):
+    payload = payload_of(*(count if field == "count" else field for field in fields))
+    refuse(payload, name, match)
+
+
+def test_hostile_channels_are_refused_before_memory_is_taken():
+    for count, match in ((2**32, r"mask\[0\]: needs \d+ bytes"), (2**60, r"grids: .* 2\*\*48")):
+        payload = payload_of(8, 1, "a", 1, 4, count, 1, 4, 0.5, 0)
+        with pytest.raises(codec.CodecError, match=match):
+            codec.decode(rebuild(codec.encode(small_scene()), "grids", payload))
+
+
+def test_empty_array_with_a_long_side():
+    data = codec.encode(small_scene())
+    read = codec.decode(rebuild(data, "networks", payload_of(1, "a", 2, 2**32, 0)))
+    assert read.networks["a"].shape == (2**32, 0)
+    refuse(payload_of(1, "a", 2, 2**60, 0), "networks", r"more than 2\*\*48")
+
+
+def test_declared_section_lengths():
+    data = codec.encode(small_scene())
+    for length in (2**31, 2**32 - 1):
+        changed = bytearray(data)
+        struct.pack_into("<I", changed, 24, length)
+        with pytest.raises(codec.CodecError, match=f"section 1 of 9 declares {length} bytes"):
+            codec.decode(bytes(changed))
+
+
+def bomb(num_coefficients: int) -> bytes:
+    """A small file of a plane in which everything is dropped."""
+    mask = np.zeros((1, 1, num_coefficients), bool)
+    band = codec.Band(0, mask.astype(np.int16), mask, 1.0)
+    return codec.encode(codec.Scene({}, 8, (codec.Grid("l", (1,), (band,)),), {}, None, None))
+
+
+def test_a_bomb_is_refused_at_the_size_limit_and_read_within_it():
+    count = 2**22
+    data = bomb(count)
+    assert len(data) < 300
+    tracemalloc.start()
+    try:
+        with pytest.raises(codec.CodecError, match=r"size limit .*; raise size_limit"):
+            codec.decode(data, size_limit=3 * count - 1)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+        tracemalloc.reset_peak()
+        scene = codec.decode(data, size_limit=3 * count + 100)  # 100: the empty meta
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert scene.grids[0].bands[0].mask.shape == (1, 1, count)
+    assert peak < 4 * 3 * count
+
+
+def test_the_limit_counts_all_sections_together():
+    scene = small_scene()
+    data = codec.encode(scene)
+    needed = 50 * len(json.dumps(scene.meta, ensure_ascii=False, separators=(",", ":")).encode())
+    needed += sum(array.nbytes for array in scene.networks.values()) + scene.occupancy.nbytes
+    needed += sum(b.values.nbytes + b.mask.nbytes for grid in scene.grids for b in grid.bands)
+    needed += 101 * len(scene.cameras.split)
+    assert codec.equal(codec.decode(data, size_limit=needed), scene)
+    with pytest.raises(codec.CodecError, match="of the size limit"):
+        codec.decode(data, size_limit=needed - 1)
+
+
+def test_memory_that_the_machine_lacks(monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(np, "unpackbits", fail)
+    with pytest.raises(codec.CodecError, match="this machine lacks the memory"):
+        codec.decode(codec.encode(small_scene()))
+
+
+def test_lzma_bomb_is_not_unpacked():
+    writer = Writer()
+    writer.varint(8)
+    write_block(writer, bytes(2**24))
+    refuse(writer.getvalue(), "meta", "does not give exactly 8 bytes")
+
+
+@pytest.mark.parametrize("method", [2, 255])
+def test_unknown_compression_method(method):
+    refuse(payload_of(2, bytes([method]), b"{}"), "meta", f"unknown compression method {method}")
+
+
+def test_lzma_without_end_and_with_more_after_it():
+    text = json.dumps({"a": "b" * 500}, separators=(",", ":")).encode()
+    writer = Writer()
+    writer.varint(len(text))
+    write_block(writer, text)
+    good = writer.getvalue()
+    codec.decode(rebuild(codec.encode(small_scene()), "meta", good))
+    refuse(good[:-1], "meta", "does not give exactly")
+    refuse(good + b"\0", "meta", "does not give exactly")
+    refuse(good[:3] + b"\xff" * 20, "meta", "damaged")
+
+
+# Meta.
+
+
+def meta_payload(text: str | bytes) -> bytes:
+    text = text if isinstance(text, bytes) else text.encode()
+    return payload_of(len(text), b"\0", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("", "not the JSON"),
+        ("[]", "expected a JSON object, got list"),
+        ("null", "expected a JSON object"),
+        ("{", "not the JSON"),
+        ('{"a":1}{}', "not the JSON"),
+        ('{"a":NaN}', "NaN is not allowed"),
+        ('{"a":-Infinity}', "-Infinity is not allowed"),
+        ('{"a":1e999}', r"section meta\.a: expected a finite float"),
+        ('{"a":1,"a":2}', "a key that comes twice"),
+        ('{"a":"\\ud800"}', "lone surrogates"),
+        ('{"\\udc00":1}', "lone surrogates"),
+        (b'{"a":"\xff"}', "not the JSON"),
+        ('{"a":' + "9" * 20 + "}", "an integer of 64 bits"),
+        ('{"a":' + "9" * 100_000 + "}", "an integer of 100000 digits"),
+        ('{"a":' + "[" * 33 + "]" * 33 + "}", "nested deeper than 32"),
+        ('{"a":' + "[" * 300_000, "not the JSON"),
+        ('{"a":' + "[" * 300_000 + "]" * 300_000 + "}", "not the JSON"),
+        ('{"a":' * 100_000 + "1" + "}" * 100_000, "not the JSON"),
+    ],
+)
+def test_json_that_the_format_excludes(text, match):
+    data = rebuild(codec.encode(small_scene()), "meta", meta_payload(text))
+    for function in (codec.decode, codec.describe):
+        with pytest.raises(codec.CodecError, match=match):
+            function(data)
+
+
+@pytest.mark.parametrize(
+    "item", ['{"":0}', "{}", "[]", "[[]]", '{"":{"":{"":{"":0}}}}', "0.5", '""']
+)
+def test_parsed_json_takes_no_more_than_is_charged(item):
+    text = '{"a":[' + ",".join([item] * (2**18 // (len(item) + 1) - 8)) + "]}"
+    data = rebuild(codec.encode(codec.Scene({}, 8, (), {}, None, None)), "meta", meta_payload(text))
+    tracemalloc.start()
+    try:
+        scene = codec.decode(data)
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert len(scene.meta["a"]) > 1000
+    assert held < 50 * len(text)
+
+
+# Sections that contradict each other or themselves.
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ((1, 0), "1 quantiser bits, expected 2 to 16"),
+        ((17, 0), "17 quantiser bits"),
+        ((8, 0, 0), "1 bytes too many"),
+        ((8, 1, "a", 0), "0 dimensions, expected 1 or 2"),
+        ((8, 1, "a", 3), "3 dimensions"),
+        ((8, 1, 1, b"\xff", 1), "a name is not UTF-8"),
+        ((8, 2, *("a", 1, 4, 1, 0) * 2), "the name 'a' comes twice"),
+        ((8, 1, "a", 1, 4, 1, 1, 4, float("nan"), 0), "level 0, step: expected a finite step"),
+        ((8, 1, "a", 1, 4, 1, 1, 4, -1.0, 0), "expected a finite step of at least 0"),
+        ((8, 1, "a", 1, 4, 1, 1, 4, -0.0, 0), "expected a finite step of at least 0"),
+        ((8, 1, "a", 1, 4, 1, 1, 4, 1.0, 5), "5 kept of 4"),
+    ],
+)
+def test_grids_section(fields, match):
+    refuse(payload_of(*fields), "grids", match)
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ((1, "a", 33, *[1] * 33), "33 dimensions, expected 32 at most"),
+        ((2, "a", 0, "a", 0, bytes(8)), "the name 'a' comes twice"),
+        ((1, "a", 0, bytes(5)), "1 bytes too many"),
+        ((1, "a", 1, 2, bytes(7)), "truncated, 8 bytes declared and 7 left"),
+        ((1, 2, b"\xc3\x28", 0, bytes(4)), "a name is not UTF-8"),
+    ],
+)
+def test_networks_section(fields, match):
+    refuse(payload_of(*fields), "networks", match)
+
+
+def test_bits_after_the_last_voxel():
+    refuse(payload_of(1, 1, 3, b"\0\x10"), "occupancy", "bits after the last voxel")
+
+
+def test_camera_of_an_unknown_split():
+    refuse(payload_of(1, b"\0", bytes(100) + b"\2"), "cameras", "neither for training nor")
+
+
+def line_scene() -> codec.Scene:
+    return make_scene(grids=(make_line("line", 20, 1),))
+
+
+def mask_payload(*packed: int) -> bytes:
+    writer = Writer()
+    symbols = runlength.to_symbols(np.array(packed, np.uint8))
+    huffman.write_symbols(writer, symbols, runlength.ALPHABET)
+    return writer.getvalue()
+
+
+def test_mask_with_bits_after_the_last_coefficient():
+    refuse(mask_payload(1, 1, 1), "mask[0]", "bits after", line_scene())
+
+
+def test_mask_of_another_length():
+    refuse(mask_payload(1, 1), "mask[0]", "do not give the 3 bytes", line_scene())
+    refuse(mask_payload(*range(1, 6)), "mask[0]", "5 symbols declared, at most 3", line_scene())
+
+
+def test_mask_that_keeps_another_number_than_declared():
+    num_kept = int(line_scene().grids[0].bands[0].mask.sum())
+    match = f"'line' keeps 1 coefficients, {num_kept} declared"
+    refuse(mask_payload(1, 0, 0), "mask[0]", match, line_scene())
+
+
+def test_values_out_of_range_or_of_another_number():
+    num_kept = int(line_scene().grids[0].bands[0].mask.sum())
+    good = bytes(num_kept)
+    codec.decode(rebuild(codec.encode(line_scene()), "values[0]", good))
+    refuse(b"\x80" + good[1:], "values[0]", "a value beyond ±127", line_scene())
+    refuse(good[1:], "values[0]", "truncated", line_scene())
+    refuse(good + b"\0", "values[0]", "1 bytes too many", line_scene())
+
+
+def test_layout_takes_memory_in_proportion_to_its_bytes():
+    grid = codec.Grid("x", (1,), make_line("x", 1, 1).bands)
+    grids = [dataclasses.replace(grid, name=f"{number}") for number in range(4000)]
+    payload = layout.encode_layout(8, grids)
+    tracemalloc.start()
+    try:
+        layout.read_layout(Reader(payload, "test"))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 80 * len(payload)
+
+
+def test_the_filter_takes_a_small_dictionary_whatever_the_file_says():
+    # A foreign encoder with a dictionary of 64 MiB: decoded with ours or refused, never with its.
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 2**26}]
+    text = json.dumps({"a": "b" * 5000}, separators=(",", ":")).encode()
+    packed = lzma.compress(text, lzma.FORMAT_RAW, filters=filters)
+    data = codec.encode(small_scene())
+    scene = codec.decode(rebuild(data, "meta", payload_of(len(text), b"\1", packed)))
+    assert scene.meta == {"a": "b" * 5000}
+
+
+def test_sections_of_types_are_all_covered_here():
+    names = {
+        section.name.partition("[")[0]
+        for section in container.parse(codec.encode(small_scene())).sections
+    }
+    assert names == {kind.name.lower() for kind in SectionType}
