@@ -38,6 +38,7 @@ def _demo_preset(steps: int) -> Preset:
                 "final-resolution": 96,
                 "upsample-steps": _UPSAMPLE_STEPS,
                 "occupancy-steps": [*_UPSAMPLE_STEPS, 700],
+                "mask-weight": 2e-9,
             },
             "optimizers": {
                 group: {"scheduler": scheduler} for group in ("grids", "masks", "networks")

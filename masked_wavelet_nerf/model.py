@@ -70,12 +70,12 @@ class MaskedWaveletModelConfig(ModelConfig):
     """Width of the quantiser in training and in the file, 2 to 16; None trains without one."""
     masks: bool = True
     """Give every coefficient a trainable mask."""
-    mask_weight: float = 1.6e-3
-    """λ, the weight of the mask penalty: larger gives smaller files. With --mask-penalty sum the
-    paper's values are 1e-10, 5e-11 and 2.5e-11 for 300³ voxels."""
-    mask_penalty: PenaltyName = "mean"
-    """mean: the expected kept fraction, so λ means the same at every grid size. sum: the sum of raw
-    logits, as in the paper's code."""
+    mask_weight: float = 1e-10
+    """λ, the weight of the mask penalty: larger gives smaller files. The paper's values are 1e-10,
+    5e-11 and 2.5e-11 for 300³ voxels; smaller grids and shorter trainings want more."""
+    mask_penalty: PenaltyName = "sum"
+    """sum: of raw logits, as in the paper's code. mean: the expected kept fraction, so that λ (some
+    1e-3) weighs the same at every grid size; masks then close early while the grid is small."""
 
     num_density_components: int = 16
     """Density components of each plane."""

@@ -201,7 +201,7 @@ def test_colour_threshold_changes_little(tiny_config, train):
         {"wavelet": "haar", "levels": 3, "level_scaling": False},
         {"masks": False},
         {"bits": None},
-        {"bits": 4, "mask_penalty": "sum", "mask_weight": 1e-6},
+        {"bits": 4, "mask_penalty": "mean", "mask_weight": 1e-3},
         {"background_color": "random"},
         {"tv_weight_density": 0.1, "tv_weight_appearance": 0.1},
         {"method": "masked_wavelet", "num_samples": 24},
@@ -228,7 +228,7 @@ def test_every_choice_trains(tiny_config, train, changes):
 
 
 def test_losses_are_the_stated_sums(tiny_config, start):
-    trainer = start(tiny_config(mask_weight=0.5, l1_weight_initial=0.25))
+    trainer = start(tiny_config(mask_weight=0.5, mask_penalty="mean", l1_weight_initial=0.25))
     model: MaskedWaveletModel = trainer.pipeline.model
     trainer.pipeline.train()
     rays, batch = trainer.pipeline.datamanager.next_train(0)
