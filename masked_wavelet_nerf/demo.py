@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.utils.rich_utils import CONSOLE
+from rich.progress import Progress
 from rich.table import Table
 
 from masked_wavelet_nerf import pictures, report
@@ -62,7 +63,12 @@ class Demo:
         """Run all of it."""
         start = time.perf_counter()
         CONSOLE.rule("[bold]1. Sample capture")
-        capture = write_sample_capture(self.output_dir / "capture")
+        with Progress(console=CONSOLE) as progress:
+            photos = progress.add_task("Ray tracing photos")
+            capture = write_sample_capture(
+                self.output_dir / "capture",
+                progress=lambda done, total: progress.update(photos, completed=done, total=total),
+            )
         CONSOLE.rule("[bold]2. Train, export, decode, evaluate")
         row, description = run_preset(_demo_preset(self.steps), capture, self.output_dir)
         CONSOLE.rule("[bold]3. Pictures of the decoded scene")
