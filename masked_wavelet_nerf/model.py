@@ -42,6 +42,9 @@ from masked_wavelet_nerf.rate import PenaltyName, estimate_bytes, mask_penalty
 from masked_wavelet_nerf.sampling import OccupancyGrid, march, pack, render_weights
 from masked_wavelet_nerf.wavelet import TransformName
 
+_RAYS_PER_CHUNK = 1 << 14
+"""Rays that are asked at once whether they can see anything."""
+
 
 class CheckpointMismatchError(UserError):
     """A checkpoint does not hold what the configured model needs."""
@@ -536,14 +539,19 @@ class MaskedWaveletModel(Model):
         step = 2 * sum(e / (n - 1) for e, n in zip(extent, nodes, strict=True)) / 3
         num_steps = math.ceil(math.hypot(*extent) / step) + 1
 
+        def hits(rays: RayBundle) -> Bool[Tensor, " R"]:
+            assert self.collider is not None
+            rays = self.collider(rays)
+            assert rays.nears is not None and rays.fars is not None
+            middles = march(rays.nears, step, num_steps, None)
+            positions = rays.origins[:, None] + rays.directions[:, None] * middles[..., None]
+            hit = coarse(self.grid_points(positions)) & (middles < rays.fars + step)
+            return hit.any(dim=-1)
+
         def can_see(rays: RayBundle) -> Bool[Tensor, "*batch"]:
             flat = rays.flatten()
-            assert self.collider is not None
-            flat = self.collider(flat)
-            middles = march(flat.nears, step, num_steps, None)
-            positions = flat.origins[:, None] + flat.directions[:, None] * middles[..., None]
-            hit = coarse(self.grid_points(positions)) & (middles < flat.fars + step)
-            return hit.any(dim=-1).view(rays.shape)
+            chunks = range(0, len(flat), _RAYS_PER_CHUNK)
+            return torch.cat([hits(flat[i : i + _RAYS_PER_CHUNK]) for i in chunks]).view(rays.shape)
 
         fraction = restrict(can_see)
         if fraction is not None:
