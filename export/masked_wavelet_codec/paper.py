@@ -7,7 +7,7 @@ For each level, coarse first, over all grids that have it:
     values[level]   the kept integers in the same order, int8 up to 8 bits, else int16
 
 The authors write (byte, count) pairs under one Huffman table for all masks. Runs of zero bytes
-alone, and a table for each level, take 28 % less at their kind of sparsity (96 % dropped), so that
+alone, and a table for each level, take 28 % less on synthetic masks (96 % dropped), so that
 what this profile is compared with does not win for free. Bits are padded once per section, and
 their number is known from the grids section: no bit is lost where it is not a multiple of 8.
 """
