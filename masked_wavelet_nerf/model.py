@@ -481,6 +481,9 @@ class MaskedWaveletModel(Model):
     ) -> list[TrainingCallback]:
         """Occupancy updates and upsamplings, at their steps."""
         attributes = training_callback_attributes
+        # Dropped coefficients get no gradient: Adam's running means of them decay into denormal
+        # numbers, which processors are slow at.
+        torch.set_flush_denormal(True)
         self._restrict_pixels(attributes)  # a resumed run goes on with the pixels it had
         steps = {*self.config.occupancy_steps, *self.config.upsample_steps}
         return [
