@@ -21,8 +21,8 @@ from masked_wavelet_nerf.model import MaskedWaveletModel
 from masked_wavelet_nerf.presets import Preset
 from masked_wavelet_nerf.runs import Run, open_run
 
-_UPSAMPLE_STEPS = [200, 400]
-_STEPS = 1200
+_UPSAMPLE_STEPS = [150, 300]
+_STEPS = 800
 
 
 def _demo_preset(steps: int) -> Preset:
@@ -38,8 +38,8 @@ def _demo_preset(steps: int) -> Preset:
                 "initial-resolution": 48,
                 "final-resolution": 96,
                 "upsample-steps": _UPSAMPLE_STEPS,
-                "occupancy-steps": [*_UPSAMPLE_STEPS, 700],
-                "mask-weight": 2e-9,
+                "occupancy-steps": [*_UPSAMPLE_STEPS, 500],
+                "mask-weight": 4e-9,
             },
             "optimizers": {
                 group: {"scheduler": scheduler} for group in ("grids", "masks", "networks")
@@ -110,7 +110,7 @@ def _side_by_side(run: Run, path: Path) -> Path:
         camera = dataset.cameras[int(index) : int(index) + 1].to(run.model.device)
         rendered = _render(run.model, camera)
         rows.append([photo, rendered, pictures.difference(photo, rendered, gain=5.0)])
-    pictures.side_by_side(rows, ["photo", "decoded", "difference × 5"], path, scale=3)
+    pictures.side_by_side(rows, ["photo", "decoded", "difference x 5"], path, scale=3)
     return path
 
 
