@@ -31,6 +31,7 @@ from nerfstudio.models.base_model import Model, ModelConfig
 from nerfstudio.utils import colormaps
 from nerfstudio.utils.rich_utils import CONSOLE
 from nerfstudio.viewer.viewer_elements import ViewerSlider
+from nerfstudio.viewer_legacy.server.viewer_utils import IOChangeException
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -190,6 +191,7 @@ class MaskedWaveletModel(Model):
         self.renderer_accumulation = AccumulationRenderer()
         self.image_metrics = ImageMetrics()
         self._spatial: SpatialField | None = None
+        self._shown_in_image: tuple[int, float] | None = None
         self._on_box_changed()
 
         self.levels_shown = ViewerSlider(
@@ -232,12 +234,17 @@ class MaskedWaveletModel(Model):
         """The grids in the spatial domain: anew in every training step, kept in evaluation."""
         if self.training:
             return self.field.to_spatial()
+        if self._shown_in_image not in (None, self._shown()):
+            self._forget_spatial()
+            raise IOChangeException  # the viewer drops this image and starts the next
         if self._spatial is None:
             with torch.no_grad():
-                self._spatial = self.field.to_spatial(
-                    int(self.levels_shown.value), float(self.mask_threshold.value)
-                )
+                self._spatial = self.field.to_spatial(*self._shown())
         return self._spatial
+
+    def _shown(self) -> tuple[int, float]:
+        """Levels and mask threshold that the sliders say."""
+        return int(self.levels_shown.value), float(self.mask_threshold.value)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -415,6 +422,20 @@ class MaskedWaveletModel(Model):
                     ).sum()
                 )
         return losses
+
+    @torch.no_grad()
+    def get_outputs_for_camera_ray_bundle(self, camera_ray_bundle: RayBundle) -> dict[str, Tensor]:
+        """Renders an image; in the viewer, gives up as soon as a slider moves.
+
+        nerfstudio calls a slider's hook only once the image under way is done, which at full
+        resolution takes many seconds on a CPU.
+        """
+        in_viewer = self.levels_shown.gui_handle is not None
+        self._shown_in_image = self._shown() if in_viewer else None
+        try:
+            return super().get_outputs_for_camera_ray_bundle(camera_ray_bundle)
+        finally:
+            self._shown_in_image = None
 
     @torch.no_grad()
     def get_metrics_dict(self, outputs, batch) -> dict[str, Tensor]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from nerfstudio.cameras.rays import RayBundle
+from nerfstudio.viewer_legacy.server.viewer_utils import IOChangeException
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from masked_wavelet_nerf.field import WaveletPlaneField
@@ -155,6 +157,29 @@ def test_sliders_act_on_the_picture_at_once(tiny_config, train):
     empty = move(model.mask_threshold, 2.0)  # above every logit: nothing is kept
     assert psnr(empty, whole) < 30
     torch.testing.assert_close(move(model.mask_threshold, 0.0), whole)
+
+
+def test_a_moved_slider_stops_the_image_under_way(tiny_config, start, monkeypatch):
+    trainer = start(tiny_config(eval_num_rays_per_chunk=50))
+    model = trainer.pipeline.model
+    handle = SimpleNamespace(value=2)
+    model.levels_shown.gui_handle = handle
+    whole = render(trainer)
+    chunks = []
+    original = MaskedWaveletModel.get_outputs
+
+    def get_outputs(self, ray_bundle):
+        chunks.append(ray_bundle)
+        outputs = original(self, ray_bundle)
+        handle.value = 0
+        return outputs
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MaskedWaveletModel, "get_outputs", get_outputs)
+        with pytest.raises(IOChangeException):
+            render(trainer)
+    assert len(chunks) == 2
+    assert not torch.equal(render(trainer), whole)  # the next image shows what the slider says
 
 
 def test_occupancy_skips_only_what_is_not_seen(tiny_config, start):
