@@ -83,7 +83,7 @@ def run_preset(
 ) -> tuple[dict[str, Any], codec.Description]:
     """Trains, evaluates, exports, decodes and evaluates again.
 
-    Leaves ``output_dir``/trained (the run), scene.mwnf, and decoded (the run made from it).
+    Leaves ``output_dir``/METHOD/trained (the run), scene.mwnf, and decoded (the run made from it).
 
     Returns:
         The row of results (times in seconds, PSNR in dB) and the file's description.

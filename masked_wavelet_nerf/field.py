@@ -115,6 +115,18 @@ class WaveletPlaneField(nn.Module):
                 named.update({f"{part}_{kind}.{i}": member for i, member in enumerate(members)})
         return named
 
+    def networks(self) -> dict[str, nn.Parameter]:
+        """Appearance map and colour network by the names they have in the bitstream."""
+        modules: dict[str, nn.Module] = {
+            "appearance_map": self.appearance_map,
+            "colour_network": self.colour_network,
+        }
+        return {
+            f"{prefix}.{name}": parameter
+            for prefix, module in modules.items()
+            for name, parameter in module.named_parameters()
+        }
+
     def to_spatial(self, num_levels: int | None = None, threshold: float = 0.0) -> SpatialField:
         """Quantise → mask → inverse transform of every grid: once per step, not per chunk."""
         density, density_kept = self.density_grid(num_levels, threshold)

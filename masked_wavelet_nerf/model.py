@@ -32,7 +32,7 @@ from nerfstudio.utils import colormaps
 from nerfstudio.utils.rich_utils import CONSOLE
 from nerfstudio.viewer.viewer_elements import ViewerSlider
 from nerfstudio.viewer_legacy.server.viewer_utils import IOChangeException
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import Parameter
 
 from masked_wavelet_nerf.errors import UserError
@@ -465,8 +465,7 @@ class MaskedWaveletModel(Model):
         return [[p.numel() for p in grid.coefficients] for grid in self.field.grids().values()]  # pyright: ignore[reportGeneralTypeIssues]
 
     def _num_network_parameters(self) -> int:
-        networks: list[nn.Module] = [self.field.appearance_map, self.field.colour_network]
-        return sum(p.numel() for network in networks for p in network.parameters())
+        return sum(parameter.numel() for parameter in self.field.networks().values())
 
     def get_image_metrics_and_images(self, outputs, batch):
         """PSNR, SSIM, LPIPS of a whole image, and pictures for the logs."""
@@ -491,10 +490,7 @@ class MaskedWaveletModel(Model):
         groups = {"grids": self._grid_parameters("coefficients")}
         if self.config.masks:
             groups["masks"] = self._grid_parameters("logits")
-        groups["networks"] = [
-            *self.field.appearance_map.parameters(),
-            *self.field.colour_network.parameters(),
-        ]
+        groups["networks"] = list(self.field.networks().values())
         return groups
 
     def get_training_callbacks(

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from masked_wavelet_codec import Band, Cameras, Grid, Scene
 from masked_wavelet_nerf.errors import UserError
@@ -33,18 +33,6 @@ class _Model(Protocol):
 
 class SceneMismatchError(UserError):
     """A scene does not fit the model it is loaded into."""
-
-
-def _networks(field: WaveletPlaneField) -> dict[str, Tensor]:
-    modules: dict[str, nn.Module] = {
-        "appearance_map": field.appearance_map,
-        "colour_network": field.colour_network,
-    }
-    return {
-        f"{prefix}.{name}": parameter
-        for prefix, module in modules.items()
-        for name, parameter in module.named_parameters()
-    }
 
 
 def _array(tensor: Tensor) -> np.ndarray:
@@ -74,7 +62,7 @@ def scene_from_model(
         meta={**meta, "box": [[float(x) for x in corner] for corner in model.aabb.tolist()]},
         bits=bits,
         grids=tuple(grids),
-        networks={name: _array(value) for name, value in _networks(model.field).items()},
+        networks={name: _array(value) for name, value in model.field.networks().items()},
         occupancy=_array(cells) if cells.numel() > 1 else None,
         cameras=cameras,
     )
@@ -94,7 +82,7 @@ def load_scene_into(model: _Model, scene: Scene) -> None:
         )
     for stored in scene.grids:
         _load_grid(grids[stored.name], stored)
-    networks = _networks(model.field)
+    networks = model.field.networks()
     if set(networks) != set(scene.networks):
         raise SceneMismatchError(
             f"networks: the model has {sorted(networks)}, the scene {sorted(scene.networks)}"
