@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from masked_wavelet_nerf import accelerators
 from masked_wavelet_nerf.planes import (
     CoefficientGrid,
     FactorisedGrid,
@@ -38,6 +39,7 @@ class FieldConfig:
     appearance_dim: int = 27
     hidden_dim: int = 128
     num_frequencies: int = 2
+    network_biases: bool = True
     density_shift: float = -10.0
     transform: TransformName = "wavelet"
     wavelet: str = "bior4.4"
@@ -92,15 +94,16 @@ class WaveletPlaneField(nn.Module):
         )
         input_dim = (config.appearance_dim + 3) * (1 + 2 * config.num_frequencies)
         self.colour_network = nn.Sequential(
-            nn.Linear(input_dim, config.hidden_dim),
-            nn.ReLU(),
-            nn.Linear(config.hidden_dim, config.hidden_dim),
-            nn.ReLU(),
-            nn.Linear(config.hidden_dim, 3),
+            nn.Linear(input_dim, config.hidden_dim, bias=config.network_biases),
+            nn.ReLU(inplace=True),
+            nn.Linear(config.hidden_dim, config.hidden_dim, bias=config.network_biases),
+            nn.ReLU(inplace=True),
+            nn.Linear(config.hidden_dim, 3, bias=config.network_biases),
         )
         last = self.colour_network[-1]
         assert isinstance(last, nn.Linear)
-        nn.init.zeros_(last.bias)
+        if config.network_biases:
+            nn.init.zeros_(last.bias)
 
     @property
     def resolution(self) -> tuple[int, int, int]:
@@ -135,7 +138,7 @@ class WaveletPlaneField(nn.Module):
 
     def density(self, spatial: SpatialField, points: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
         """Density σ ≥ 0 at points in [-1, 1]³ (per unit of scaled length)."""
-        features = self.density_grid.features(spatial.density, points).sum(dim=0)
+        features = self.density_grid.summed_features(spatial.density, points)
         return F.softplus(features + self.config.density_shift)
 
     def colour(
@@ -146,7 +149,7 @@ class WaveletPlaneField(nn.Module):
     ) -> Float[Tensor, "N 3"]:
         """Colour in [0, 1] at points in [-1, 1]³ seen along unit ``directions``."""
         features = self.appearance_grid.features(spatial.appearance, points)
-        appearance = (self.appearance_map.weight @ features).T
+        appearance = self.appearance_map(features)
         frequencies = self.config.num_frequencies
         inputs = torch.cat(
             (
@@ -157,7 +160,7 @@ class WaveletPlaneField(nn.Module):
             ),
             dim=-1,
         )
-        return torch.sigmoid(self.colour_network(inputs))
+        return torch.sigmoid(accelerators.run_network(self.colour_network, inputs))
 
     def upsample(self, resolution: tuple[int, int, int]) -> None:
         """Resizes both grids; sampled features stay where they were."""

@@ -21,6 +21,9 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int16
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from masked_wavelet_nerf import native
 
 
 class QuantisedBand(NamedTuple):
@@ -64,34 +67,53 @@ def quantiser_step(
     Stays on the device: no host synchronisation.
     """
     # The step is what is tested: it underflows to zero before the largest value does.
-    step = (values.detach().abs() * kept).amax() / largest_integer(bits)
+    step = torch.where(kept, values.detach().abs(), 0).amax() / largest_integer(bits)
     return torch.where(step > 0, step, torch.ones_like(step))
 
 
 class _MaskedQuantise(torch.autograd.Function):
-    """v̂ = Δ · q · H(m) in few passes over memory; gradients as in the module's docstring."""
+    """v̂ = Δ · q · H(m) in few passes over memory; gradients as in the module's docstring.
+
+    Returns v̂ and the hard mask.
+    """
 
     @staticmethod
-    def forward(ctx, values, logits, kept, step, bits):
-        if step is None:
-            quantised = values
-        else:
+    def forward(ctx, values, logits, bits, threshold):
+        ctx.native_scalars = None
+        if logits is not None and bits is not None and native.serves(values, logits):
             largest = largest_integer(bits)
-            quantised = (values / step).round_().clamp_(-largest, largest).mul_(step)
-        ctx.save_for_backward(kept, logits, quantised)
-        return quantised * kept
+            shown, kept, step = native.masked_quantise(values, logits, threshold, largest)
+            ctx.native_scalars = step, largest
+            ctx.save_for_backward(kept, logits, values)
+        else:
+            kept = keep(logits, values, threshold)
+            quantised = values
+            if bits is not None:
+                step, largest = quantiser_step(values, kept, bits), largest_integer(bits)
+                quantised = (values / step).round_().clamp_(-largest, largest).mul_(step)
+            shown = torch.where(kept, quantised, 0)  # a product would turn the mask to floats first
+            ctx.save_for_backward(kept, logits, quantised)
+        ctx.mark_non_differentiable(kept)
+        return shown, kept
 
     @staticmethod
-    def backward(ctx, *grad_outputs):
-        (grad,) = grad_outputs
+    @once_differentiable
+    def backward(ctx, *grad_outputs):  # pyright: ignore[reportIncompatibleMethodOverride]
+        grad, _ = grad_outputs
         kept, logits, quantised = ctx.saved_tensors
-        grad_values = grad * kept if ctx.needs_input_grad[0] else None
+        if ctx.native_scalars is not None:
+            values = quantised  # that loop quantises them once more: less to keep and to move
+            gradients = native.masked_quantise_backward(
+                grad, values, kept, logits, *ctx.native_scalars
+            )
+            return *gradients, None, None
+        grad_values = torch.where(kept, grad, 0) if ctx.needs_input_grad[0] else None
         grad_logits = None
         if ctx.needs_input_grad[1]:
             probability = torch.sigmoid(logits)
             slope = torch.addcmul(probability, probability, probability, value=-1)
             grad_logits = slope.mul_(quantised).mul_(grad)
-        return grad_values, grad_logits, None, None, None
+        return grad_values, grad_logits, None, None
 
 
 def masked_quantise(
@@ -114,9 +136,7 @@ def masked_quantise(
     Raises:
         ValueError: if ``bits`` is outside 2–16.
     """
-    kept = keep(logits, values, threshold)
-    step = None if bits is None else quantiser_step(values, kept, bits)
-    return _MaskedQuantise.apply(values, logits, kept, step, bits), kept
+    return _MaskedQuantise.apply(values, logits, bits, threshold)
 
 
 @torch.no_grad()

@@ -35,12 +35,20 @@ from nerfstudio.viewer_legacy.server.viewer_utils import IOChangeException
 from torch import Tensor
 from torch.nn import Parameter
 
+from masked_wavelet_nerf import accelerators, native
 from masked_wavelet_nerf.errors import UserError
 from masked_wavelet_nerf.field import FieldConfig, SpatialField, WaveletPlaneField
 from masked_wavelet_nerf.metrics import ImageMetrics
 from masked_wavelet_nerf.planes import PlanesName, ReduceName
 from masked_wavelet_nerf.rate import PenaltyName, estimate_bytes, mask_penalty
-from masked_wavelet_nerf.sampling import OccupancyGrid, march, pack, render_weights
+from masked_wavelet_nerf.sampling import (
+    OccupancyGrid,
+    PackedSamples,
+    march,
+    pack,
+    render_weights,
+    roulette,
+)
 from masked_wavelet_nerf.wavelet import TransformName
 
 _RAYS_PER_CHUNK = 1 << 14
@@ -91,6 +99,8 @@ class MaskedWaveletModelConfig(ModelConfig):
     """Width of the colour network's two hidden layers."""
     num_frequencies: int = 2
     """Frequencies of the encoding of appearance features and view direction."""
+    network_biases: bool = True
+    """Give the colour network biases, as in the paper. Without, tiny-cuda-nn can run it on CUDA."""
     density_shift: float = -10.0
     """Density = softplus(features + shift): how empty the scene starts."""
     distance_scale: float = 25.0
@@ -123,8 +133,11 @@ class MaskedWaveletModelConfig(ModelConfig):
     """Bounded scenes: distance between samples, in voxels."""
     num_samples: int = 192
     """Unbounded scenes: samples along a ray, half of them within a distance of 1."""
-    colour_weight_threshold: float = 1e-4
+    colour_weight_threshold: float = 1e-3
     """Colour is evaluated only where a sample's weight in the pixel exceeds this."""
+    colour_roulette: float = 0.01
+    """Training: a sample of less weight than this gets a colour with probability weight / this, and
+    counts for more in return, which changes no expectation. 0 uses colour_weight_threshold."""
     background_color: Literal["white", "black", "random"] = "random"
     """Colour behind the scene; random trains against a random one and renders over black."""
 
@@ -158,6 +171,7 @@ class MaskedWaveletModelConfig(ModelConfig):
             appearance_dim=self.appearance_dim,
             hidden_dim=self.hidden_dim,
             num_frequencies=self.num_frequencies,
+            network_biases=self.network_biases,
             density_shift=self.density_shift,
             transform=self.transform,
             wavelet=self.wavelet,
@@ -309,15 +323,17 @@ class MaskedWaveletModel(Model):
 
     # --- rendering --------------------------------------------------------------------------------
 
-    def _places(
-        self, rays: RayBundle
-    ) -> tuple[Float[Tensor, "R S"], Float[Tensor, "R S"], Bool[Tensor, "R S"]]:
-        """Middle and length of every place along the rays, and whether it lies on the ray."""
+    def _samples(self, rays: RayBundle) -> PackedSamples:
+        """Where rays are evaluated."""
         assert rays.nears is not None and rays.fars is not None
         if self.config.contract:
             samples = self.sampler(rays)
             starts, ends = samples.frustums.starts[..., 0], samples.frustums.ends[..., 0]
-            return (starts + ends) / 2, ends - starts, torch.ones_like(starts, dtype=torch.bool)
+            middles = (starts + ends) / 2
+            points = self.grid_points(
+                rays.origins[:, None] + rays.directions[:, None] * middles[..., None]
+            )
+            return pack(middles, ends - starts, points, self.occupancy(points))
         fars, num_steps, jitter = rays.fars, self._num_steps, None
         if self.training:
             # Near and far bound training only, as in nerfstudio: a viewer may come as close, and go
@@ -326,42 +342,38 @@ class MaskedWaveletModel(Model):
             fars = fars.clamp(max=far_plane)
             num_steps = min(num_steps, math.ceil((far_plane - near_plane) / self._step_size))
             jitter = torch.rand_like(rays.nears)
-        middles = march(rays.nears, self._step_size, num_steps, jitter)
-        return middles, torch.full_like(middles, self._step_size), middles < fars
+        return self._march(rays, fars, self._step_size, num_steps, self.occupancy, jitter)
+
+    def _march(
+        self,
+        rays: RayBundle,
+        fars: Tensor,
+        step_size: float,
+        num_steps: int,
+        occupancy: OccupancyGrid,
+        jitter: Tensor | None,
+    ) -> PackedSamples:
+        assert rays.nears is not None
+        directions = rays.directions * (2 / (self.aabb[1] - self.aabb[0]))
+        origins = self.grid_points(rays.origins)
+        return march(origins, directions, rays.nears, fars, step_size, num_steps, occupancy, jitter)
 
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Renders rays: rgb in [0, 1], accumulation, and expected depth along the ray."""
         spatial = self.spatial()
-        middles, lengths, valid = self._places(ray_bundle)
-        positions = (
-            ray_bundle.origins[:, None] + ray_bundle.directions[:, None] * middles[..., None]
-        )
-        points = self.grid_points(positions)
-        if self.occupancy.is_known:
-            valid = valid & self.occupancy(points)
-        flat, ray = pack(valid)
-        points = points.flatten(end_dim=1)[flat]
-
-        depth_of_sample = self.field.density(spatial, points) * (
-            lengths.flatten()[flat] * self.config.distance_scale
-        )
-        optical_depth = middles.new_zeros(middles.numel()).index_copy(0, flat, depth_of_sample)
-        weights = render_weights(optical_depth.view_as(middles)).flatten()[flat]
-
-        num_rays = len(ray_bundle)
-        seen = (weights > self.config.colour_weight_threshold).nonzero()[:, 0]
-        colours = self.field.colour(spatial, points[seen], ray_bundle.directions[ray[seen]])
-        # The renderer derives its background's share from the weights that it is given, which are
-        # only those that got a colour: blend with the full accumulation instead.
-        rgb = RGBRenderer.combine_rgb(
-            colours, weights[seen, None], "random", ray_indices=ray[seen], num_rays=num_rays
+        samples = self._samples(ray_bundle)
+        ray, num_rays = samples.ray, len(ray_bundle)
+        density = self.field.density(spatial, samples.points)
+        weights = render_weights(
+            density * (samples.lengths * self.config.distance_scale), ray, num_rays
         )
         accumulation = self.renderer_accumulation(
             weights[:, None], ray_indices=ray, num_rays=num_rays
         )
         expected = accumulate_along_rays(
-            weights, middles.flatten()[flat, None], ray_indices=ray, n_rays=num_rays
+            weights, samples.middles[:, None], ray_indices=ray, n_rays=num_rays
         )
+        rgb = self._colour_of_rays(spatial, samples, weights, accumulation, ray_bundle)
         outputs = {
             "rgb": self._over_background(rgb, accumulation),
             "accumulation": accumulation,
@@ -370,6 +382,35 @@ class MaskedWaveletModel(Model):
         if self.training:
             self._spatial_of_step = spatial
         return outputs
+
+    def _colour_of_rays(
+        self,
+        spatial: SpatialField,
+        samples: PackedSamples,
+        weights: Float[Tensor, " N"],
+        accumulation: Float[Tensor, "R 1"],
+        rays: RayBundle,
+    ) -> Float[Tensor, "R 3"]:
+        """Σ weight · colour, with colours of those samples only that matter."""
+        num_rays = len(rays)
+        if self.training and self.config.colour_roulette > 0:
+            start = torch.rand((), dtype=torch.float64, device=weights.device)
+            seen, survival = roulette(weights, self.config.colour_roulette, start)
+            shares = weights[seen] / survival
+        else:
+            seen = (weights > self.config.colour_weight_threshold).nonzero()[:, 0]
+            shares = weights[seen]
+        ray = samples.ray[seen]
+        if not self.training:
+            # Samples without a colour of their own count as what the others of their ray show.
+            coloured = accumulate_along_rays(shares, None, ray, num_rays)
+            shares = shares * (accumulation / coloured.clamp(min=1e-6))[ray, 0]
+        colours = self.field.colour(spatial, samples.points[seen], rays.directions[ray])
+        # The renderer derives its background's share from the weights that it is given, which are
+        # only those that got a colour: blend with the full accumulation instead.
+        return RGBRenderer.combine_rgb(
+            colours, shares[:, None], "random", ray_indices=ray, num_rays=num_rays
+        )
 
     def _over_background(
         self, rgb: Float[Tensor, "R 3"], accumulation: Float[Tensor, "R 1"]
@@ -501,6 +542,12 @@ class MaskedWaveletModel(Model):
         # Dropped coefficients get no gradient: Adam's running means of them decay into denormal
         # numbers, which processors are slow at.
         torch.set_flush_denormal(True)
+        native.keep_freed_memory()
+        if self.device.type == "cpu":
+            CONSOLE.log(native.status())
+        else:
+            accelerators.try_out(self.field.colour_network, self.device)
+            CONSOLE.log(accelerators.status())
         self._restrict_pixels(attributes)  # a resumed run goes on with the pixels it had
         steps = {*self.config.occupancy_steps, *self.config.upsample_steps}
         return [
@@ -563,10 +610,9 @@ class MaskedWaveletModel(Model):
             assert self.collider is not None
             rays = self.collider(rays)
             assert rays.nears is not None and rays.fars is not None
-            middles = march(rays.nears, step, num_steps, None)
-            positions = rays.origins[:, None] + rays.directions[:, None] * middles[..., None]
-            hit = coarse(self.grid_points(positions)) & (middles < rays.fars + step)
-            return hit.any(dim=-1)
+            samples = self._march(rays, rays.fars + step, step, num_steps, coarse, None)
+            hit = torch.zeros(len(rays), dtype=torch.bool, device=rays.origins.device)
+            return hit.index_fill(0, samples.ray, True)
 
         def can_see(rays: RayBundle) -> Bool[Tensor, "*batch"]:
             flat = rays.flatten()

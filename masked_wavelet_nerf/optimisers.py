@@ -15,11 +15,60 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
+class DenseAdam(torch.optim.Adam):
+    """Adam that sees tensors as rows of numbers.
+
+    Torch's fused Adam copies tensors that are not contiguous, there and back. Elementwise, the
+    order in memory does not matter as long as all four tensors of a parameter share it; where they
+    do not (a checkpoint of another layout), torch would pair up the wrong ones.
+    """
+
+    def _init_group(
+        self,
+        group,
+        params_with_grad,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        max_exp_avg_sqs,
+        state_steps,
+    ):
+        lists = (params_with_grad, grads, exp_avgs, exp_avg_sqs)
+        for parameter in group["params"]:
+            state = self.state.get(parameter, {})
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name in state:
+                    state[name] = _laid_out_as(parameter, state[name])
+        result = super()._init_group(group, *lists, max_exp_avg_sqs, state_steps)
+        for i, parameter in enumerate(params_with_grad):
+            grads[i] = _laid_out_as(parameter, grads[i])
+            if is_dense(parameter):
+                for members in lists:
+                    members[i] = members[i].as_strided((parameter.numel(),), (1,))
+        return result
+
+
+def _laid_out_as(like: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.stride() == like.stride() else torch.empty_like(like).copy_(tensor)
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements fill one stretch of memory without gaps or overlaps."""
+    if tensor.numel() == 0:
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
 @dataclass
 class FusedAdamOptimizerConfig(AdamOptimizerConfig):
     """Adam in one pass over memory."""
 
-    _target: type = torch.optim.Adam
+    _target: type = DenseAdam
     """The optimizer class to use."""
     weight_decay: float = 0.0
     """The weight decay to use."""

@@ -23,7 +23,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from masked_wavelet_nerf import native
 from masked_wavelet_nerf.masking import (
     QuantisedBand,
     masked_quantise,
@@ -39,6 +41,8 @@ ReduceName = Literal["product", "sum"]
 
 PLANE_AXES = ((0, 1), (0, 2), (1, 2))
 LINE_AXES = (2, 1, 0)
+
+_NATIVE_AXES = [(u, v, axis) for (u, v), axis in zip(PLANE_AXES, LINE_AXES, strict=True)]
 
 INITIAL_LOGIT = 1.0
 """Masks start open (paper)."""
@@ -81,6 +85,7 @@ class CoefficientGrid(nn.Module):
         self.register_buffer("size", torch.tensor(spatial.shape[1:]))
         self._size = tuple(spatial.shape[1:])
         levels = self._forward_transform(spatial)
+        levels = [native.channels_last(level) for level in levels]
         self.coefficients = nn.ParameterList([nn.Parameter(level) for level in levels])
         self.logits = nn.ParameterList(
             [nn.Parameter(torch.full_like(level, INITIAL_LOGIT)) for level in levels]
@@ -223,7 +228,7 @@ class CoefficientGrid(nn.Module):
         # The Parameter objects stay, so that optimisers keep holding the live ones.
         for parameters, values in ((self.coefficients, coefficients), (self.logits, logits)):
             for parameter, value in zip(parameters, values, strict=bool(len(parameters))):
-                _replace_data(parameter, value.to(parameter.device).contiguous())
+                _replace_data(parameter, native.channels_last(value.to(parameter.device)))
         self._size = tuple(size)
         self.size.copy_(torch.tensor(size))
 
@@ -235,8 +240,10 @@ class CoefficientGrid(nn.Module):
         for name, parameters in (("coefficients", self.coefficients), ("logits", self.logits)):
             for index, parameter in enumerate(parameters):
                 saved = state_dict.get(f"{prefix}{name}.{index}")
-                if saved is not None and saved.shape != parameter.shape:
-                    _replace_data(parameter, parameter.data.new_empty(saved.shape))
+                if saved is not None:
+                    # The layout is taken over too: that of the optimiser's state has to match.
+                    layout = torch.empty_like(saved, device=parameter.device)
+                    _replace_data(parameter, layout)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -315,8 +322,32 @@ class FactorisedGrid(nn.Module):
 
     def features(
         self, spatial: SpatialGrid, points: Float[Tensor, "N 3"]
-    ) -> Float[Tensor, "features N"]:
+    ) -> Float[Tensor, "N features"]:
         """Features at points in [-1, 1]³; outside, the border value holds."""
+        if self._is_native(spatial, points):
+            return _NativeFeatures.apply(points, False, *spatial.planes, *spatial.lines)
+        return self._features(spatial, points).T
+
+    def summed_features(
+        self, spatial: SpatialGrid, points: Float[Tensor, "N 3"]
+    ) -> Float[Tensor, " N"]:
+        """Sum of the features at points in [-1, 1]³."""
+        if self._is_native(spatial, points):
+            return _NativeFeatures.apply(points, True, *spatial.planes, *spatial.lines)
+        return self._features(spatial, points).sum(dim=0)
+
+    @staticmethod
+    def _is_native(spatial: SpatialGrid, points: Tensor) -> bool:
+        return (
+            bool(spatial.lines)
+            and not points.requires_grad  # the compiled loops have no gradient of positions
+            and min(map(min, (grid.shape[1:] for grid in (*spatial.planes, *spatial.lines)))) > 1
+            and native.serves(points, *spatial.planes, *spatial.lines)
+        )
+
+    def _features(
+        self, spatial: SpatialGrid, points: Float[Tensor, "N 3"]
+    ) -> Float[Tensor, "features N"]:
         sampled = [
             _sample(plane[None], points[:, (u, v)])
             for plane, (u, v) in zip(spatial.planes, PLANE_AXES, strict=True)
@@ -353,6 +384,24 @@ def _replace_data(parameter: nn.Parameter, value: Tensor) -> None:
     parameter.data = torch.empty(0, dtype=torch.float64, device=value.device)
     parameter.data = value
     parameter.grad = None
+
+
+class _NativeFeatures(torch.autograd.Function):
+    """Features of planes times lines in compiled loops, with the gradients of both."""
+
+    @staticmethod
+    def forward(ctx, points, summed, *factors):
+        ctx.save_for_backward(points, *factors)
+        return native.features(points, factors[:3], factors[3:], _NATIVE_AXES, summed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):  # pyright: ignore[reportIncompatibleMethodOverride]
+        points, *factors = ctx.saved_tensors
+        gradients = native.features_backward(
+            points, factors[:3], factors[3:], _NATIVE_AXES, gradient
+        )
+        return None, None, *gradients
 
 
 def _sample(image: Float[Tensor, "1 C H W"], xy: Float[Tensor, "N 2"]) -> Float[Tensor, "C N"]:

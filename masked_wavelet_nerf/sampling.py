@@ -1,7 +1,7 @@
 """Where rays are sampled: marching, occupancy, packing, and the weights of volume rendering.
 
-Samples are *packed*: of the R × S places along R rays only those that are occupied are kept, as
-flat indices ``ray · S + sample``. One plain torch path serves CPU and CUDA.
+Samples are *packed*: of the R × S places along R rays only those that are occupied are kept, ray by
+ray. One plain torch path serves CPU and CUDA; compiled loops serve the CPU where they can.
 
 Letters: R rays, S places per ray, N packed samples, X, Y, Z occupancy nodes.
 """
@@ -9,32 +9,131 @@ Letters: R rays, S places per ray, N packed samples, X, Y, Z occupancy nodes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from masked_wavelet_nerf import accelerators, native
+
 _CHUNK = 1 << 18
 """Points whose density is computed at once when the occupancy is updated."""
 
 
+_OPAQUE = 1e4
+"""Optical depth beyond which a sample lets nothing through: e^-10000 is 0."""
+
+
+class PackedSamples(NamedTuple):
+    """Samples of all rays in one row, ray by ray and front to back."""
+
+    ray: Int[Tensor, " N"]
+    """Ray of each sample, ascending."""
+    middles: Float[Tensor, " N"]
+    """Distance from the ray's origin."""
+    lengths: Float[Tensor, " N"] | float
+    """World length."""
+    points: Float[Tensor, "N 3"]
+    """Middles as points of [-1, 1]³."""
+
+
 def march(
+    origins: Float[Tensor, "R 3"],
+    directions: Float[Tensor, "R 3"],
     nears: Float[Tensor, "R 1"],
+    fars: Float[Tensor, "R 1"],
     step_size: float,
     num_steps: int,
+    occupancy: OccupancyGrid,
     jitter: Float[Tensor, "R 1"] | None,
-) -> Float[Tensor, "R S"]:
-    """Distances along rays at a fixed step: near + (i + jitter) · step, jitter 0.5 if None."""
-    index = torch.arange(num_steps, device=nears.device, dtype=nears.dtype)
-    return nears + (index + (0.5 if jitter is None else jitter)) * step_size
+) -> PackedSamples:
+    """Occupied samples at a fixed step: near + (i + jitter) · step < far, jitter 0.5 if None.
+
+    The number of samples shapes what follows, so on CUDA this waits for the device, once.
+
+    Args:
+        origins: of the rays, in the coordinates of the grids, where [-1, 1]³ is the box.
+        directions: so that origin + t · direction is the point at distance t.
+        nears: distance at which sampling starts.
+        fars: distance at which it ends.
+        step_size: distance between samples.
+        num_steps: most samples of a ray.
+        occupancy: where to sample.
+        jitter: shift of a ray's samples in [0, 1), in steps.
+    """
+    first = nears + (0.5 if jitter is None else jitter) * step_size
+    if accelerators.marches(origins, occupancy.cells):
+        ray, middles = accelerators.occupied_samples(
+            origins, directions, first, fars, step_size, occupancy.cells
+        )
+        points = torch.addcmul(origins[ray], directions[ray], middles[:, None])
+        return PackedSamples(ray, middles, step_size, points)
+    if native.serves(origins, directions, first, fars):
+        valid = native.occupied_places(
+            origins, directions, first, fars, step_size, num_steps, occupancy.cells
+        )
+    else:
+        index = torch.arange(num_steps, device=nears.device, dtype=nears.dtype)
+        middles = first + index * step_size
+        valid = middles < fars
+        valid &= occupancy(origins[:, None] + directions[:, None] * middles[..., None])
+    flat = valid.flatten().nonzero()[:, 0]
+    ray = flat // num_steps
+    middles = first[ray, 0] + (flat - ray * num_steps) * step_size
+    points = torch.addcmul(origins[ray], directions[ray], middles[:, None])
+    return PackedSamples(ray, middles, step_size, points)
 
 
-def render_weights(optical_depth: Float[Tensor, "R S"]) -> Float[Tensor, "R S"]:
-    """w_i = exp(-Σ_{j<i} x_j) · (1 - exp(-x_i)) with x = density · length (Max 1995, eq. 3)."""
-    # Shifted, not cumsum - x: after a large x that difference has lost what came before.
-    before = F.pad(optical_depth.cumsum(dim=-1)[:, :-1], (1, 0))
+def render_weights(
+    optical_depth: Float[Tensor, " N"], ray: Int[Tensor, " N"], num_rays: int
+) -> Float[Tensor, " N"]:
+    """w_i = exp(-Σ_{j<i} x_j) · (1 - exp(-x_i)) with x = density · length (Max 1995, eq. 3).
+
+    The sum runs over the earlier samples of the same ray.
+
+    Args:
+        optical_depth: x of packed samples.
+        ray: ray of each, ascending.
+        num_rays: R.
+    """
+    if not len(ray):
+        return optical_depth
+    # One running sum over all rays; doubles, as what lies before a ray is taken off again. A NaN
+    # stays with its own sample.
+    depth = optical_depth.nan_to_num(nan=0.0, posinf=_OPAQUE).clamp(max=_OPAQUE)
+    total = depth.double().cumsum(dim=0)
+    before_sample = F.pad(total[:-1], (1, 0))
+    counts = torch.bincount(ray, minlength=num_rays)
+    first = (counts.cumsum(dim=0) - counts).clamp(max=len(ray) - 1)
+    before = (before_sample - before_sample[first][ray]).to(optical_depth.dtype)
     return torch.exp(-before) * -torch.expm1(-optical_depth)
+
+
+def roulette(
+    weights: Float[Tensor, " N"], threshold: float, start: Float[Tensor, ""]
+) -> tuple[Int[Tensor, " M"], Float[Tensor, " M"]]:
+    """Samples that get a colour, and what to divide their weights by: Russian roulette.
+
+    A sample survives with probability q = min(1, weight / threshold); weight / q of the survivors
+    adds up to an unbiased estimate of every sum Σ weight · colour, and of its gradients as far as
+    weights are not exactly 0. Survivors are drawn systematically (one random number, then every
+    time that the running sum of q passes a whole number), so their count is Σ q to within one.
+
+    Args:
+        weights: of packed samples, ≥ 0.
+        threshold: weight from which a sample always survives.
+        start: random number in [0, 1).
+
+    Returns:
+        Indices of the survivors, and their q.
+    """
+    probability = (weights.detach() / threshold).nan_to_num(nan=0.0).clamp(max=1)
+    passed = (probability.double().cumsum(dim=0) + start).floor()
+    survives = passed.diff(prepend=passed.new_zeros(1)) > 0
+    chosen = survives.nonzero()[:, 0]
+    return chosen, probability[chosen]
 
 
 class OccupancyGrid(nn.Module):
@@ -121,10 +220,20 @@ class OccupancyGrid(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-def pack(valid: Bool[Tensor, "R S"]) -> tuple[Int[Tensor, " N"], Int[Tensor, " N"]]:
-    """Flat indices of valid places, and the ray of each.
+def pack(
+    middles: Float[Tensor, "R S"],
+    lengths: Float[Tensor, "R S"],
+    points: Float[Tensor, "R S 3"],
+    valid: Bool[Tensor, "R S"],
+) -> PackedSamples:
+    """The valid ones of places along rays.
 
-    The number of survivors shapes what follows, so on CUDA this waits for the device, once.
+    Their number shapes what follows, so on CUDA this waits for the device, once.
     """
     flat = valid.flatten().nonzero()[:, 0]
-    return flat, flat // valid.shape[1]
+    return PackedSamples(
+        flat // valid.shape[1],
+        middles.flatten()[flat],
+        lengths.flatten()[flat],
+        points.flatten(end_dim=1)[flat],
+    )

@@ -37,6 +37,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from masked_wavelet_nerf import native
+
 TransformName = Literal["wavelet", "dct", "identity"]
 """What a plane is stored as: wavelet coefficients, DCT coefficients, or the spatial values."""
 
@@ -213,6 +215,7 @@ class _Matrix:
     """
 
     def __init__(self, dense: np.ndarray, dtype: torch.dtype, device: torch.device) -> None:
+        self._dense = dense
         self.blocks: list[tuple[slice, slice, Tensor, bool]] = []
         self.num_rows, num_columns = dense.shape
         # Measured: 64 to 76 samples per block, on either side; fewer are slow, more are zeros.
@@ -223,6 +226,11 @@ class _Matrix:
             for i, columns in enumerate(_runs(dense[start:stop].any(axis=0))):
                 part = torch.tensor(dense[start:stop, columns]).to(device, dtype)
                 self.blocks.append((slice(start, stop), columns, part, i == 0))
+
+    @functools.cached_property
+    def taps(self) -> native.Taps:
+        """The matrix as the compiled loops take it."""
+        return native.taps(self._dense)
 
     def times(self, x: Tensor, out: Tensor, *, factor: float = 1.0, add: bool = False) -> None:
         """out = factor · M · x for 2-D x, added to what is there if ``add``."""
@@ -245,6 +253,13 @@ class _Level(NamedTuple):
     columns: tuple[_Matrix, _Matrix]
     factor: float
 
+    def taps(
+        self,
+    ) -> tuple[tuple[native.Taps, native.Taps], tuple[native.Taps, native.Taps], float]:
+        """The level as the compiled loops take it."""
+        rows, columns = self.rows, self.columns
+        return (rows[0].taps, rows[1].taps), (columns[0].taps, columns[1].taps), self.factor
+
 
 class _Merge(torch.autograd.Function):
     """Bands to a plane by ``levels`` (coarse to fine), with the levels of the adjoint beside."""
@@ -252,6 +267,12 @@ class _Merge(torch.autograd.Function):
     @staticmethod
     def forward(ctx, levels, adjoint, approximation, *details):
         ctx.levels = adjoint, levels
+        if native.serves(approximation):  # on (h, w, C): either axis runs over contiguous memory
+            x = approximation.movedim(0, 2).contiguous()
+            for level, detail in zip(levels, details, strict=True):
+                rows, columns, factor = level.taps()
+                x = native.merge(rows, columns, factor, x, detail.movedim(0, 3).contiguous())
+            return x.movedim(2, 0)
         x = approximation.movedim(0, 1).contiguous()
         for level, detail in zip(levels, details, strict=True):
             x = _merge(level, x, detail.permute(2, 1, 0, 3).contiguous())
@@ -268,6 +289,13 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx, levels, adjoint, plane):
         ctx.levels = adjoint, levels
+        if native.serves(plane):
+            x, details = plane.movedim(0, 2).contiguous(), []
+            for level in reversed(levels):
+                rows, columns, factor = level.taps()
+                x, detail = native.split(rows, columns, factor, x)
+                details.append(detail.movedim(3, 0))
+            return x.movedim(2, 0), *reversed(details)
         x, details = plane.movedim(0, 1).contiguous(), []
         for level in reversed(levels):
             x, detail = _split(level, x)

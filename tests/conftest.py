@@ -10,6 +10,19 @@ import numpy as np
 import pytest
 import torch
 
+from masked_wavelet_nerf import native
+
+
+@pytest.fixture(params=["native", "torch"])
+def backend(request):
+    """Runs a test with the compiled CPU loops, and again with plain torch."""
+    if request.param == "native":
+        assert native.is_enabled(), native.status()
+        yield
+        return
+    with native.disabled():
+        yield
+
 
 @pytest.fixture(scope="session")
 def capture(tmp_path_factory) -> Path:

@@ -190,7 +190,8 @@ def test_grids_are_named_in_the_order_of_their_counts():
     assert named["density_planes.1"].spatial_size == (7, 6)
     assert named["appearance_lines.0"].spatial_size == (7,)
     for index, grid in enumerate(named.values()):
-        grid.logits[0].data.flatten()[index:] = -1.0
+        logits = grid.logits[0].data
+        logits.copy_(torch.where(torch.arange(logits.numel()) < index, 1.0, -1.0).view_as(logits))
     assert [int(kept[0]) for kept in field.to_spatial().kept] == list(range(12))
 
 

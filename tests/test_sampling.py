@@ -1,4 +1,4 @@
-"""Marching, weights and occupancy, against loops."""
+"""Marching, weights, packing, roulette and occupancy, against loops."""
 
 from __future__ import annotations
 
@@ -10,8 +10,15 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from masked_wavelet_nerf import sampling
-from masked_wavelet_nerf.sampling import OccupancyGrid, march, pack, render_weights
+from masked_wavelet_nerf import native, sampling
+from masked_wavelet_nerf.sampling import (
+    OccupancyGrid,
+    PackedSamples,
+    march,
+    pack,
+    render_weights,
+    roulette,
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -22,125 +29,6 @@ def one_thread():
     torch.set_num_threads(num_threads)
 
 
-# --- marching
-
-
-def test_march_positions_by_hand():
-    nears = torch.tensor([[2.0], [0.5]])
-    expected = torch.tensor([[2.05, 2.15, 2.25], [0.55, 0.65, 0.75]])
-    torch.testing.assert_close(march(nears, 0.1, 3, None), expected)
-    jitter = torch.tensor([[0.0], [0.9]])
-    expected = torch.tensor([[2.0, 2.1, 2.2], [0.59, 0.69, 0.79]])
-    torch.testing.assert_close(march(nears, 0.1, 3, jitter), expected)
-
-
-def test_march_shapes_are_checked():
-    with pytest.raises(TypeCheckError):
-        march(torch.zeros(4), 0.1, 3, None)
-    with pytest.raises(TypeCheckError):
-        march(torch.zeros(4, 1), 0.1, 3, torch.zeros(5, 1))
-
-
-# --- weights
-
-
-def weights_by_loop(depths) -> np.ndarray:
-    result = np.zeros(np.shape(depths))
-    for ray, row in enumerate(depths):
-        light = 1.0
-        for sample, depth in enumerate(row):
-            opacity = -math.expm1(-depth)
-            result[ray, sample] = light * opacity
-            light *= 1 - opacity
-    return result
-
-
-def random_depths(rays: int = 20, samples: int = 31) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    depths = torch.rand(rays, samples, generator=generator, dtype=torch.float64)
-    return depths * torch.logspace(-4, 1, rays, dtype=torch.float64)[:, None]
-
-
-def test_weights_equal_a_loop_front_to_back():
-    depths = random_depths()
-    expected = weights_by_loop(depths.tolist())
-    np.testing.assert_allclose(render_weights(depths).numpy(), expected, rtol=1e-10, atol=1e-15)
-    found = render_weights(depths.float()).numpy()
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
-
-
-def test_weights_by_hand():
-    # Half of the light is lost at each place: 1/2, 1/4, 1/8.
-    depths = torch.full((1, 3), math.log(2))
-    torch.testing.assert_close(render_weights(depths), torch.tensor([[0.5, 0.25, 0.125]]))
-
-
-def test_sum_of_weights_is_what_does_not_pass():
-    depths = random_depths()
-    passed = torch.exp(-depths.sum(dim=-1))
-    torch.testing.assert_close(render_weights(depths).sum(dim=-1), 1 - passed)
-
-
-@pytest.mark.parametrize("wall", [30.0, 1e5, 1e8, 1e30])
-def test_a_wall_neither_adds_light_nor_lets_it_pass(wall):
-    # In float32 a running sum that takes the wall in and out again forgets what came before it.
-    depths = torch.tensor([[0.1, 0.2, wall, 3.0]])
-    expected = [1 - math.exp(-0.1), math.exp(-0.1) - math.exp(-0.3), math.exp(-0.3), 0]
-    torch.testing.assert_close(
-        render_weights(depths), torch.tensor([expected]), atol=1e-6, rtol=1e-6
-    )
-
-
-def test_gradient_of_weights():
-    depths = random_depths(3, 5).requires_grad_()
-    assert torch.autograd.gradcheck(render_weights, (depths,))
-
-
-def test_cutting_a_segment_in_two_changes_nothing():
-    depths = random_depths()
-    halves = torch.stack((0.3 * depths, 0.7 * depths), dim=-1)
-    weights = render_weights(halves.flatten(1)).view_as(halves).sum(dim=-1)
-    torch.testing.assert_close(weights, render_weights(depths))
-
-
-def test_empty_places_and_no_places():
-    depths = random_depths()
-    with_gaps = torch.zeros(depths.shape[0], 2 * depths.shape[1], dtype=depths.dtype)
-    with_gaps[:, ::2] = depths
-    weights = render_weights(with_gaps)
-    assert (weights[:, 1::2] == 0).all()
-    torch.testing.assert_close(weights[:, ::2], render_weights(depths))
-    assert render_weights(torch.zeros(4, 0)).shape == (4, 0)
-
-
-def test_weights_need_two_axes():
-    with pytest.raises(TypeCheckError):
-        render_weights(torch.zeros(3))
-
-
-# --- packing
-
-
-def test_pack_equals_a_loop():
-    valid = torch.rand(7, 5, generator=torch.Generator().manual_seed(0)) < 0.4
-    expected = [
-        (ray * 5 + sample, ray)
-        for ray, sample in itertools.product(range(7), range(5))
-        if valid[ray, sample]
-    ]
-    flat, ray = pack(valid)
-    assert list(zip(flat.tolist(), ray.tolist(), strict=True)) == expected
-    assert torch.equal(valid.flatten()[flat], torch.ones(len(flat), dtype=torch.bool))
-
-
-def test_pack_of_nothing():
-    flat, ray = pack(torch.zeros(3, 4, dtype=torch.bool))
-    assert flat.shape == ray.shape == (0,)
-
-
-# --- occupancy
-
-
 def occupancy(cells: np.ndarray | torch.Tensor) -> OccupancyGrid:
     grid = OccupancyGrid()
     grid.cells = torch.as_tensor(cells)
@@ -149,6 +37,443 @@ def occupancy(cells: np.ndarray | torch.Tensor) -> OccupancyGrid:
 
 def random_cells(*size: int, fraction: float = 0.3, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).random(size) < fraction
+
+
+# --- marching
+
+STEP, NUM_STEPS = 0.07, 60
+# Nodes along x, y, z: unequal sides, a cube, flat, one.
+CELLS = [(4, 5, 7), (6, 6, 6), (9, 1, 3), (1, 1, 1)]
+
+
+def random_rays(num: int, *, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """Origins, directions, nears, fars: from around the box; some miss it, some start inside."""
+    generator = torch.Generator().manual_seed(seed)
+    origins = torch.randn(num, 3, generator=generator)
+    targets = torch.rand(num, 3, generator=generator) * 3 - 1.5
+    directions = torch.nn.functional.normalize(targets - origins, dim=-1)
+    directions *= 0.5 + torch.rand(num, 1, generator=generator)  # grids need not be isotropic
+    nears = torch.rand(num, 1, generator=generator)
+    fars = nears + 3 * torch.rand(num, 1, generator=generator)
+    return origins, directions, nears, fars
+
+
+def march_by_loop(rays, cells, jitter=None, step=STEP, num_steps=NUM_STEPS):
+    """(ray, middle, point) of every sample."""
+    found = []
+    shape = np.array(cells.shape)
+    columns = [t.double().numpy() for t in rays]
+    for ray, (origin, direction, (near,), (far,)) in enumerate(zip(*columns, strict=True)):
+        shift = 0.5 if jitter is None else float(jitter[ray])
+        for i in range(num_steps):
+            middle = near + (i + shift) * step
+            point = origin + middle * direction
+            node = [round(x) for x in (point + 1) / 2 * (shape - 1)]
+            inside = all(0 <= a < n for a, n in zip(node, shape, strict=True))
+            if middle < far and inside and cells[tuple(node)]:
+                found.append((ray, middle, point))
+    return found
+
+
+def assert_samples(found: PackedSamples, expected) -> None:
+    assert found.ray.dtype == torch.int64
+    assert found.ray.tolist() == [ray for ray, _, _ in expected]
+    middles = np.array([middle for _, middle, _ in expected])
+    np.testing.assert_allclose(found.middles.numpy(), middles, rtol=1e-6, atol=1e-6)
+    points = np.array([point for _, _, point in expected]).reshape(-1, 3)
+    np.testing.assert_allclose(found.points.numpy(), points, rtol=1e-5, atol=2e-6)
+    assert found.points.dtype == found.middles.dtype == torch.float32
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("size", CELLS)
+@pytest.mark.parametrize("jittered", [False, True])
+def test_march_equals_a_loop(size, jittered):
+    rays = random_rays(60)
+    cells = random_cells(*size, fraction=0.5)
+    cells.flat[0] = True  # the single node, too
+    jitter = torch.rand(60, 1, generator=torch.Generator().manual_seed(3)) if jittered else None
+    expected = march_by_loop(rays, cells, jitter)
+    used = {ray for ray, _, _ in expected}
+    assert len(expected) > 200 and len(used) > 10
+    assert len(used) < 60 or size == (1, 1, 1)
+    found = march(*rays, STEP, NUM_STEPS, occupancy(cells), jitter)
+    assert found.lengths == STEP
+    assert_samples(found, expected)
+
+
+@pytest.mark.parametrize("size", CELLS)
+@pytest.mark.parametrize("jittered", [False, True])
+def test_both_backends_march_alike(size, jittered):
+    assert native.is_enabled()
+    rays = random_rays(400, seed=5)
+    grid = occupancy(random_cells(*size, fraction=0.6, seed=1))
+    jitter = torch.rand(400, 1, generator=torch.Generator().manual_seed(3)) if jittered else None
+    found = march(*rays, STEP, NUM_STEPS, grid, jitter)
+    with native.disabled():
+        expected = march(*rays, STEP, NUM_STEPS, grid, jitter)
+    assert torch.equal(found.ray, expected.ray)
+    assert torch.equal(found.middles, expected.middles)
+    assert torch.equal(found.points, expected.points)
+
+
+@pytest.mark.usefixtures("backend")
+def test_march_by_hand():
+    origins, directions = torch.tensor([[0.0, -1.0, 0.0]]), torch.tensor([[0.0, 1.0, 0.0]])
+    near, far = torch.tensor([[0.5]]), torch.tensor([[1.25]])
+    cells = np.ones((2, 3, 2), dtype=bool)
+    cells[:, 1] = False  # y within 0.5 of 0
+    found = march(origins, directions, near, far, 0.25, 9, occupancy(cells), None)
+    assert found.middles.tolist() == []
+    cells[:, 1] = True
+    found = march(origins, directions, near, far, 0.25, 9, occupancy(cells), None)
+    assert found.middles.tolist() == [0.625, 0.875, 1.125]
+    assert found.points.tolist() == [[0.0, -0.375, 0.0], [0.0, -0.125, 0.0], [0.0, 0.125, 0.0]]
+    # The far end itself is no sample; two places at most.
+    zero = torch.zeros(1, 1)
+    found = march(origins, directions, near, far, 0.25, 9, occupancy(cells), zero)
+    assert found.middles.tolist() == [0.5, 0.75, 1.0]
+    found = march(origins, directions, near, far, 0.25, 2, occupancy(cells), zero)
+    assert found.middles.tolist() == [0.5, 0.75]
+
+
+@pytest.mark.usefixtures("backend")
+def test_march_without_samples():
+    rays = random_rays(20)
+    origins, directions, nears, fars = rays
+    everywhere, nowhere = occupancy(np.ones((3, 4, 5), bool)), occupancy(np.zeros((3, 4, 5), bool))
+    away = torch.full((20, 3), 5.0)
+    cases = {
+        "empty": (rays, NUM_STEPS, nowhere),
+        "empty node": (rays, NUM_STEPS, occupancy(np.zeros((1, 1, 1), bool))),
+        "miss": ((away, away, nears, fars), NUM_STEPS, everywhere),
+        "far before near": ((origins, directions, fars + 0.1, nears), NUM_STEPS, OccupancyGrid()),
+        "far at near": ((origins, directions, nears, nears), NUM_STEPS, OccupancyGrid()),
+        "nan far": ((origins, directions, nears, fars * torch.nan), NUM_STEPS, OccupancyGrid()),
+        "nan origin": ((origins * torch.nan, directions, nears, fars), NUM_STEPS, everywhere),
+        "no steps": (rays, 0, everywhere),
+        "no rays": (tuple(t[:0] for t in rays), NUM_STEPS, everywhere),
+    }
+    for name, (some, num_steps, grid) in cases.items():
+        found = march(*some, STEP, num_steps, grid, None)
+        assert found.ray.shape == found.middles.shape == (0,), name
+        assert found.points.shape == (0, 3), name
+    assert len(march(*rays, STEP, NUM_STEPS, everywhere, None).ray) > 100
+
+
+@pytest.mark.usefixtures("backend")
+def test_march_takes_tensors_of_any_layout():
+    rays = random_rays(30)
+    cells = random_cells(4, 5, 7, fraction=0.5)
+    expected = march(*rays, STEP, NUM_STEPS, occupancy(cells), None)
+    strided = [torch.stack((t, t * torch.nan), dim=-1)[..., 0] for t in rays]
+    assert not any(t.is_contiguous() for t in strided)
+    turned = occupancy(torch.as_tensor(cells).permute(2, 0, 1).contiguous().permute(1, 2, 0))
+    found = march(*strided, STEP, NUM_STEPS, turned, None)
+    for a, b in zip(found, expected, strict=True):
+        assert a == b if isinstance(a, float) else torch.equal(a, b)
+    # One near and far for all rays.
+    near, far = torch.full((30, 1), 0.25), torch.full((30, 1), 2.0)
+    one = march(*rays[:2], near, far, STEP, NUM_STEPS, occupancy(cells), None)
+    expanded = (near[:1].expand(30, 1), far[:1].expand(30, 1))
+    other = march(*rays[:2], *expanded, STEP, NUM_STEPS, occupancy(cells), None)
+    assert torch.equal(one.ray, other.ray) and torch.equal(one.points, other.points)
+
+
+@pytest.mark.usefixtures("backend")
+def test_points_carry_gradients_of_the_rays():
+    origins, directions, nears, fars = random_rays(10)
+    origins, directions = origins.requires_grad_(), directions.requires_grad_()
+    found = march(origins, directions, nears, fars, STEP, NUM_STEPS, OccupancyGrid(), None)
+    found.points.sum().backward()
+    counts = torch.bincount(found.ray, minlength=10).float()
+    lengths = torch.zeros(10).index_add(0, found.ray, found.middles)
+    torch.testing.assert_close(origins.grad, counts[:, None].expand(-1, 3))
+    torch.testing.assert_close(directions.grad, lengths[:, None].expand(-1, 3))
+
+
+def test_march_shapes_are_checked():
+    origins, directions, nears, fars = random_rays(4)
+    rest = (STEP, NUM_STEPS, OccupancyGrid())
+    with pytest.raises(TypeCheckError):
+        march(origins, directions, nears[:, 0], fars, *rest, None)
+    with pytest.raises(TypeCheckError):
+        march(origins, directions, nears, fars, *rest, torch.zeros(5, 1))
+    with pytest.raises(TypeCheckError):
+        march(origins, directions[:3], nears, fars, *rest, None)
+
+
+# --- weights
+
+# Samples of each ray: rays without any, also the first, the last, and all.
+COUNTS = [(3, 1, 4), (0, 2, 0, 0, 5, 1), (4, 0), (0, 0, 7, 0), (1,), (31, 17, 0, 29)]
+
+
+def rays_of(counts) -> torch.Tensor:
+    return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+
+
+def weights_by_loop(depths, counts) -> np.ndarray:
+    result, rest = [], iter(depths)
+    for count in counts:
+        light = 1.0
+        for depth in itertools.islice(rest, count):
+            opacity = -math.expm1(-depth)
+            result.append(light * opacity)
+            light *= 1 - opacity
+    return np.array(result)
+
+
+def random_depths(num: int, *, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    exponents = torch.rand(num, generator=generator, dtype=torch.float64) * 5 - 4
+    return 10**exponents
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+def test_weights_equal_a_loop_front_to_back(counts):
+    depths = random_depths(sum(counts))
+    expected = weights_by_loop(depths.tolist(), counts)
+    found = render_weights(depths, rays_of(counts), len(counts))
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-10, atol=1e-15)
+    found = render_weights(depths.float(), rays_of(counts), len(counts))
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_weights_by_hand():
+    # Half of the light is lost at each sample: 1/2, 1/4, 1/8; the next ray starts anew.
+    depths = torch.full((5,), math.log(2))
+    expected = torch.tensor([0.5, 0.25, 0.125, 0.5, 0.25])
+    torch.testing.assert_close(render_weights(depths, rays_of((3, 0, 2)), 3), expected)
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+def test_sum_of_weights_is_what_does_not_pass(counts):
+    depths, ray = random_depths(sum(counts)), rays_of(counts)
+    weights = render_weights(depths, ray, len(counts))
+    total = torch.zeros(2, len(counts), dtype=torch.float64)
+    total.index_add_(1, ray, torch.stack((depths, weights)))
+    torch.testing.assert_close(total[1], 1 - torch.exp(-total[0]))
+
+
+@pytest.mark.parametrize("wall", [30.0, 1e5, 1e8, 1e30, math.inf])
+def test_a_wall_neither_adds_light_nor_lets_it_pass(wall):
+    depths = torch.tensor([0.1, 0.2, wall, 3.0])
+    expected = [1 - math.exp(-0.1), math.exp(-0.1) - math.exp(-0.3), math.exp(-0.3), 0]
+    found = render_weights(depths, torch.zeros(4, dtype=torch.int64), 1)
+    torch.testing.assert_close(found, torch.tensor(expected), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("wall", [1e5, 1e30, math.inf])
+def test_a_wall_in_one_ray_disturbs_no_other(wall):
+    counts = (3, 0, 4, 200, 5)
+    ray = rays_of(counts)
+    depths = random_depths(len(ray)).float().requires_grad_()
+    factor = torch.linspace(-1, 1, len(ray))
+    clear = render_weights(depths, ray, len(counts))
+    (gradient,) = torch.autograd.grad((clear * factor).sum(), depths)
+    with_walls = depths.detach().clone()
+    with_walls[5] = with_walls[7:207] = wall
+    with_walls.requires_grad_()
+    weights = render_weights(with_walls, ray, len(counts))
+    (other,) = torch.autograd.grad((weights * factor).sum(), with_walls)
+    elsewhere = (ray != 2) & (ray != 3)
+    torch.testing.assert_close(weights[elsewhere], clear[elsewhere], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(other[elsewhere], gradient[elsewhere], rtol=1e-4, atol=1e-6)
+    assert torch.isfinite(weights).all() and torch.isfinite(other).all()
+    assert weights[7] == 1 and (weights[8:207] == 0).all()
+
+
+def test_thousands_of_walls_leave_the_last_ray_its_digits():
+    # In float32, or with the walls in doubles as they are, a running sum forgets small numbers.
+    num_walls = 1_000_000
+    ray = torch.cat((torch.zeros(num_walls, dtype=torch.int64), torch.ones(3, dtype=torch.int64)))
+    depths = torch.cat((torch.full((num_walls,), 1e9), torch.tensor([0.1, 0.2, 0.3])))
+    found = render_weights(depths, ray, 2)[-3:]
+    expected = torch.from_numpy(weights_by_loop([0.1, 0.2, 0.3], (3,))).float()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("counts", [(3, 1, 4), (0, 2, 0, 3, 0)])
+def test_gradient_of_weights(counts):
+    depths = random_depths(sum(counts)).requires_grad_()
+    ray = rays_of(counts)
+    assert torch.autograd.gradcheck(lambda x: render_weights(x, ray, len(counts)), (depths,))
+
+
+def test_gradients_stay_within_their_ray():
+    counts = (3, 2, 0, 4)
+    depths = random_depths(9).requires_grad_()
+    weights = render_weights(depths, rays_of(counts), 4)
+    (gradient,) = torch.autograd.grad(weights[3:5].sum(), depths)
+    assert (gradient[3:5].abs() > 1e-3).all()
+    torch.testing.assert_close(gradient[:3], torch.zeros(3, dtype=torch.float64))
+    torch.testing.assert_close(gradient[5:], torch.zeros(4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+def test_cutting_a_segment_in_two_changes_nothing(counts):
+    depths, ray = random_depths(sum(counts)), rays_of(counts)
+    halves = torch.stack((0.3 * depths, 0.7 * depths), dim=-1).flatten()
+    weights = render_weights(halves, ray.repeat_interleave(2), len(counts)).view(-1, 2).sum(dim=-1)
+    torch.testing.assert_close(weights, render_weights(depths, ray, len(counts)))
+
+
+def test_samples_of_empty_space_change_nothing():
+    depths, ray = random_depths(8), rays_of((3, 1, 4))
+    with_gaps = torch.stack((depths, torch.zeros_like(depths)), dim=-1).flatten()
+    weights = render_weights(with_gaps, ray.repeat_interleave(2), 3)
+    assert (weights[1::2] == 0).all()
+    torch.testing.assert_close(weights[::2], render_weights(depths, ray, 3))
+
+
+@pytest.mark.parametrize("num_rays", [0, 1, 5])
+def test_weights_of_no_samples(num_rays):
+    depths = torch.zeros(0, requires_grad=True)
+    weights = render_weights(depths, torch.zeros(0, dtype=torch.int64), num_rays)
+    assert weights.shape == (0,) and weights.dtype == torch.float32
+    weights.sum().backward()
+    assert depths.grad.shape == (0,)
+
+
+def test_weights_need_a_ray_for_each_sample():
+    with pytest.raises(TypeCheckError):
+        render_weights(torch.zeros(3), torch.zeros(2, dtype=torch.int64), 1)
+    with pytest.raises(TypeCheckError):
+        render_weights(torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64), 1)
+
+
+# --- roulette
+
+
+def random_weights(num: int, *, seed: int = 0) -> torch.Tensor:
+    """From far below to far above 0.05, and zeros among them."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = 10 ** (torch.rand(num, generator=generator) * 4 - 4)
+    weights[torch.rand(num, generator=generator) < 0.2] = 0
+    return weights
+
+
+def starts(num: int) -> torch.Tensor:
+    return (torch.arange(num) + 0.5) / num
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_roulette_equals_a_loop(seed):
+    weights = random_weights(300, seed=seed)
+    for start in (0.0, 0.3, 0.999):
+        chosen, probability = roulette(weights, 0.05, torch.tensor(start))
+        expected, total = [], float(torch.tensor(start))
+        for i, weight in enumerate(weights.tolist()):
+            q = min(1.0, weight / float(np.float32(0.05)))
+            if math.floor(total + q) > math.floor(total):
+                expected.append((i, q))
+            total += q
+        assert chosen.dtype == torch.int64
+        assert chosen.tolist() == [i for i, _ in expected]
+        np.testing.assert_allclose(probability, [q for _, q in expected], rtol=1e-6)
+
+
+@pytest.mark.parametrize("threshold", [1e-3, 0.05, 0.7, 100.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_survivors_of_the_roulette(threshold, seed):
+    weights = random_weights(500, seed=seed)
+    expected_count = float((weights.double() / threshold).clamp(max=1).sum())
+    counts = []
+    for start in starts(50):
+        chosen, probability = roulette(weights, threshold, start)
+        assert (chosen.diff() > 0).all()
+        assert (weights[chosen] > 0).all()
+        certain = (weights >= threshold).nonzero()[:, 0]
+        assert torch.isin(certain, chosen).all()
+        torch.testing.assert_close(probability, (weights[chosen] / threshold).clamp(max=1))
+        assert abs(len(chosen) - expected_count) < 1 + 1e-3
+        counts.append(len(chosen))
+        again, _ = roulette(weights, threshold, start)
+        assert torch.equal(again, chosen)
+    assert np.mean(counts) == pytest.approx(expected_count, abs=0.02)
+
+
+@pytest.mark.parametrize("threshold", [0.02, 0.05])
+def test_roulette_is_unbiased(threshold):
+    """Also its gradients with respect to depths and colours."""
+    counts = (20, 0, 13, 27)
+    ray, num = rays_of(counts), sum(counts)
+    generator = torch.Generator().manual_seed(0)
+    depths = 10 ** (torch.rand(num, generator=generator, dtype=torch.float64) - 2)
+    colours = torch.rand(num, generator=generator, dtype=torch.float64)
+    depths, colours = depths.requires_grad_(), colours.requires_grad_()
+    weights = render_weights(depths, ray, len(counts))
+    assert 0.2 < (weights < threshold).double().mean() < 1
+
+    full = torch.zeros(len(counts), dtype=torch.float64).index_add(0, ray, weights * colours)
+    weighting = torch.tensor([1.0, 5.0, -2.0, 3.0], dtype=torch.float64)
+    expected = torch.autograd.grad(full @ weighting, (depths, colours), retain_graph=True)
+
+    # The average is linear: add up how often each sample comes, and with which factor.
+    num_starts = 4000
+    factor = torch.zeros(num, dtype=torch.float64)
+    for start in starts(num_starts):
+        chosen, probability = roulette(weights, threshold, start)
+        factor[chosen] += 1 / (probability * num_starts)
+        assert not probability.requires_grad
+    found = torch.zeros(len(counts), dtype=torch.float64)
+    found = found.index_add(0, ray, weights * factor * colours)
+    torch.testing.assert_close(found, full, rtol=1e-3, atol=1e-3)
+    gradients = torch.autograd.grad(found @ weighting, (depths, colours))
+    for a, b in zip(gradients, expected, strict=True):
+        assert (a - b).norm() < 1e-3 * b.norm()
+
+
+def test_roulette_without_weights_and_with_sure_ones():
+    none = torch.zeros(0)
+    for weights in (none, torch.zeros(7)):
+        chosen, probability = roulette(weights, 0.1, torch.tensor(0.99))
+        assert chosen.shape == probability.shape == (0,)
+    for start in starts(7):
+        chosen, probability = roulette(torch.full((5,), 0.1), 0.1, start)
+        assert chosen.tolist() == [0, 1, 2, 3, 4] and probability.tolist() == [1.0] * 5
+
+
+def test_a_late_sample_has_its_chance():
+    # A running sum in float32 would stand still after sixteen million.
+    weights = torch.ones(20_000_000)
+    weights[-4:] = 0.5
+    for start in (0.1, 0.6):
+        chosen, _ = roulette(weights, 1.0, torch.tensor(start))
+        assert len(chosen) == 20_000_000 - 2
+
+
+# --- packing
+
+
+def test_pack_equals_a_loop():
+    generator = torch.Generator().manual_seed(0)
+    valid = torch.rand(7, 5, generator=generator) < 0.4
+    middles, lengths = torch.rand(2, 7, 5, generator=generator)
+    points = torch.rand(7, 5, 3, generator=generator)
+    places = [(r, s) for r, s in itertools.product(range(7), range(5)) if valid[r, s]]
+    assert 5 < len(places) < 25
+    found = pack(middles, lengths, points, valid)
+    assert found.ray.tolist() == [r for r, _ in places]
+    assert found.middles.tolist() == [float(middles[place]) for place in places]
+    assert found.lengths.tolist() == [float(lengths[place]) for place in places]
+    assert found.points.tolist() == [points[place].tolist() for place in places]
+    turned = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (middles, lengths, points)]
+    for a, b in zip(pack(*turned, valid), found, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (0, 4), (3, 1)])
+def test_pack_of_nothing(shape):
+    zeros = torch.zeros(shape)
+    found = pack(zeros, zeros, zeros[..., None].expand(*shape, 3), zeros > 0)
+    assert found.ray.shape == found.middles.shape == found.lengths.shape == (0,)
+    assert found.points.shape == (0, 3)
+
+
+# --- occupancy
 
 
 def nodes(size) -> torch.Tensor:
