@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import shlex
 import subprocess
 import sys
@@ -46,6 +47,10 @@ class Bench:
     """Random seed (--machine.seed)."""
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     """Device to train on."""
+    steps: int | None = None
+    """Stop training after so many steps, to see that a preset starts on this machine."""
+    eval_views: int | None = None
+    """Evaluate so many test views only, evenly spread."""
     json: bool = False
     """Print the row as JSON on standard output; progress goes to standard error."""
 
@@ -57,12 +62,16 @@ class Bench:
             if output_dir is None:
                 output_dir = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             with contextlib.redirect_stdout(sys.stderr):
+                flags = ["--machine.seed", str(self.seed), "--machine.device-type", self.device]
+                if self.steps is not None:
+                    flags += ["--max-num-iterations", str(self.steps)]
                 row, description = run_preset(
                     preset,
                     self.data,
                     output_dir,
                     profile=self.profile,
-                    flags=["--machine.seed", str(self.seed), "--machine.device-type", self.device],
+                    flags=flags,
+                    num_views=self.eval_views,
                 )
                 row["seed"] = self.seed
         if self.json:
@@ -80,6 +89,7 @@ def run_preset(
     *,
     profile: str = "paper",
     flags: list[str] | None = None,
+    num_views: int | None = None,
 ) -> tuple[dict[str, Any], codec.Description]:
     """Trains, evaluates, exports, decodes and evaluates again.
 
@@ -97,7 +107,7 @@ def run_preset(
     run = open_run(config_path, data)
     if run.pipeline is None:
         raise BenchError(f"{data}: the capture cannot be read: {run.missing}")
-    before = evaluate(run.pipeline)
+    before = evaluate(run.pipeline, num_views)
 
     start = time.perf_counter()
     path, description = export_run(
@@ -110,7 +120,7 @@ def run_preset(
     decode_seconds = time.perf_counter() - start
     decoded = open_run(write_run(scene, output_dir / "decoded", data), data)
     assert decoded.pipeline is not None
-    after = evaluate(decoded.pipeline)
+    after = evaluate(decoded.pipeline, num_views)
 
     steps = run.step + 1
     row = {
@@ -128,6 +138,8 @@ def run_preset(
         "encode_seconds": encode_seconds,
         "decode_seconds": decode_seconds,
         "render_rays_per_second": before.rays_per_second,
+        "train_peak_bytes": _peak_bytes(resource.RUSAGE_CHILDREN),
+        "render_peak_bytes": _peak_bytes(resource.RUSAGE_SELF),
         "views": before.num_views,
         "threads": threads,
         "device": str(run.model.device),
@@ -156,7 +168,8 @@ def train(
         "--vis", "tensorboard", "--steps-per-eval-batch", never, "--steps-per-eval-image", never,
         "--steps-per-eval-all-images", never, *flags,
     ]  # fmt: skip
-    arguments = [arguments[0], *extra, *arguments[1:]]
+    split = arguments.index("--data")  # after the preset's flags: the last one counts
+    arguments = [*arguments[:split], *extra, *arguments[split:]]
     threads = str(preset.num_threads)
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     finished = subprocess.run(
@@ -175,6 +188,12 @@ def train(
         )
     seconds = checkpoints[-1].stat().st_mtime - config_path.stat().st_mtime
     return config_path, seconds, shlex.join(["ns-train", *arguments])
+
+
+def _peak_bytes(who: int) -> int:
+    """Most resident memory that this process, or one of its children, has had."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(who).ru_maxrss * unit
 
 
 def _same_integers(trained: Any, decoded: Any, bits: int) -> bool:

@@ -20,6 +20,7 @@ from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.pipelines.base_pipeline import Pipeline
 from nerfstudio.utils.eval_utils import eval_setup
+from rich.progress import track
 
 from masked_wavelet_codec import Cameras as SceneCameras
 from masked_wavelet_codec import CodecError, Scene
@@ -58,8 +59,9 @@ class Evaluation:
     """dB."""
     ssim: float | None
     seconds: float
-    """Wall-clock time of rendering and measuring."""
+    """Wall-clock time of rendering, without the measuring."""
     rays_per_second: float
+    """Rays rendered per second."""
     num_views: int
 
 
@@ -129,18 +131,50 @@ def _build_model(config: MaskedWaveletModelConfig, box: torch.Tensor) -> MaskedW
     return model.eval()
 
 
-def evaluate(pipeline: Pipeline) -> Evaluation:
-    """Renders and measures every evaluation view."""
-    start = time.perf_counter()
-    metrics: Any = pipeline.get_average_eval_image_metrics()
-    seconds = time.perf_counter() - start
+@torch.no_grad()
+def evaluate(pipeline: Pipeline, num_views: int | None = None) -> Evaluation:
+    """Renders and measures evaluation views.
+
+    Args:
+        pipeline: an opened run's.
+        num_views: how many, evenly spread over all; None for all.
+    """
+    dataset = pipeline.datamanager.eval_dataset  # pyright: ignore[reportAttributeAccessIssue]
+    assert dataset is not None
+    model = pipeline.model
+    was_training = model.training
+    model.eval()
+    count = len(dataset) if num_views is None else min(num_views, len(dataset))
+    totals: dict[str, float] = {}
+    seconds = num_rays = 0
+    for index in track(np.linspace(0, len(dataset) - 1, count).astype(int), "Evaluating"):
+        camera = dataset.cameras[int(index) : int(index) + 1].to(model.device)
+        batch = {key: _to(value, model.device) for key, value in dataset[int(index)].items()}
+        start = _now(model.device)
+        outputs = model.get_outputs_for_camera(camera)
+        seconds += _now(model.device) - start
+        num_rays += outputs["rgb"][..., 0].numel()
+        metrics, _ = model.get_image_metrics_and_images(outputs, batch)
+        for key, value in metrics.items():
+            totals[key] = totals.get(key, 0.0) + float(value) / count
+    model.train(was_training)
     return Evaluation(
-        psnr=metrics["psnr"],
-        ssim=metrics.get("ssim"),
+        psnr=totals["psnr"],
+        ssim=totals.get("ssim"),
         seconds=seconds,
-        rays_per_second=metrics["num_rays_per_sec"],
-        num_views=len(pipeline.datamanager.eval_dataset),  # pyright: ignore[reportArgumentType]
+        rays_per_second=num_rays / seconds,
+        num_views=count,
     )
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 # --- run → scene ----------------------------------------------------------------------------------
