@@ -19,6 +19,16 @@ COMMANDS = {
     "decode": ("masked_wavelet_nerf.decode", "Decode", "turn a bitstream back into a run"),
     "info": ("masked_wavelet_nerf.decode", "Info", "describe a bitstream"),
     "bench": ("masked_wavelet_nerf.bench", "Bench", "measure a preset from training to decoding"),
+    "peers": (
+        "masked_wavelet_nerf.peers",
+        "Peers",
+        "train other nerfstudio methods beside ours on one capture",
+    ),
+    "profile": (
+        "masked_wavelet_nerf.profiling",
+        "Profile",
+        "where the time of a step and of a frame goes",
+    ),
     "preset": ("masked_wavelet_nerf.presets", "ShowPreset", "print a preset's ns-train command"),
 }
 
