@@ -2,6 +2,7 @@
 # make test   sets everything up, then runs the tests
 # make lint   formatting, lint and types
 # make bench  DATA=folder of a capture [PRESET=configs/lego_100.toml]
+# make profile  where the time of a training step and of a frame goes
 
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.10 python3,$(shell \
 	$(p) -c 'import sys, venv; print("$(p)") if (3, 10) <= sys.version_info < (3, 13) else None' 2>/dev/null)))
@@ -9,7 +10,7 @@ PRESET ?= configs/lego_100.toml
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint bench transforms setup clean
+.PHONY: demo test lint bench profile transforms setup clean
 
 demo: $(READY)
 	$(BIN)/mwnerf demo
@@ -25,6 +26,9 @@ lint: $(READY)
 bench: $(READY)
 	@test -n "$(DATA)" || { echo "make bench DATA=folder of a capture (see $(PRESET))"; exit 2; }
 	$(BIN)/mwnerf bench $(PRESET) --data $(DATA)
+
+profile: $(READY)
+	$(BIN)/mwnerf profile
 
 transforms: $(READY)
 	$(BIN)/python -m masked_wavelet_nerf.bench_transform

@@ -133,11 +133,14 @@ class MaskedWaveletModelConfig(ModelConfig):
     """Bounded scenes: distance between samples, in voxels."""
     num_samples: int = 192
     """Unbounded scenes: samples along a ray, half of them within a distance of 1."""
-    colour_weight_threshold: float = 1e-3
-    """Colour is evaluated only where a sample's weight in the pixel exceeds this."""
+    colour_weight_threshold: float = 1e-4
+    """Training: samples of no more weight in their pixel get no colour; they darken it a little,
+    which clears empty space."""
     colour_roulette: float = 0.01
     """Training: a sample of less weight than this gets a colour with probability weight / this, and
-    counts for more in return, which changes no expectation. 0 uses colour_weight_threshold."""
+    counts for more in return, which changes no expectation. 0 gives all of them theirs."""
+    render_weight_threshold: float = 1e-3
+    """Rendering: samples of no more weight take the colour of the rest of their ray."""
     background_color: Literal["white", "black", "random"] = "random"
     """Colour behind the scene; random trains against a random one and renders over black."""
 
@@ -392,13 +395,18 @@ class MaskedWaveletModel(Model):
         rays: RayBundle,
     ) -> Float[Tensor, "R 3"]:
         """Σ weight · colour, with colours of those samples only that matter."""
-        num_rays = len(rays)
-        if self.training and self.config.colour_roulette > 0:
+        num_rays, config = len(rays), self.config
+        if self.training and config.colour_roulette > 0:
             start = torch.rand((), dtype=torch.float64, device=weights.device)
-            seen, survival = roulette(weights, self.config.colour_roulette, start)
+            seen, survival = roulette(
+                weights, config.colour_weight_threshold, config.colour_roulette, start
+            )
             shares = weights[seen] / survival
         else:
-            seen = (weights > self.config.colour_weight_threshold).nonzero()[:, 0]
+            threshold = (
+                config.colour_weight_threshold if self.training else config.render_weight_threshold
+            )
+            seen = (weights > threshold).nonzero()[:, 0]
             shares = weights[seen]
         ray = samples.ray[seen]
         if not self.training:
@@ -446,7 +454,9 @@ class MaskedWaveletModel(Model):
         l1_weight = config.l1_weight if self.occupancy.is_known else config.l1_weight_initial
         if l1_weight > 0:
             grids = (*spatial.density.planes, *spatial.density.lines)
-            losses["l1_loss"] = l1_weight * torch.stack([g.abs().mean() for g in grids]).sum()
+            # Channels last, as the planes are in memory: so is the gradient, then.
+            means = [grid.movedim(0, -1).abs().mean() for grid in grids]
+            losses["l1_loss"] = l1_weight * torch.stack(means).sum()
         for name, weight, grid in (
             ("density", config.tv_weight_density, spatial.density),
             ("appearance", config.tv_weight_appearance, spatial.appearance),

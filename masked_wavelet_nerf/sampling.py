@@ -112,24 +112,27 @@ def render_weights(
 
 
 def roulette(
-    weights: Float[Tensor, " N"], threshold: float, start: Float[Tensor, ""]
+    weights: Float[Tensor, " N"], least: float, certain: float, start: Float[Tensor, ""]
 ) -> tuple[Int[Tensor, " M"], Float[Tensor, " M"]]:
     """Samples that get a colour, and what to divide their weights by: Russian roulette.
 
-    A sample survives with probability q = min(1, weight / threshold); weight / q of the survivors
-    adds up to an unbiased estimate of every sum Σ weight · colour, and of its gradients as far as
-    weights are not exactly 0. Survivors are drawn systematically (one random number, then every
-    time that the running sum of q passes a whole number), so their count is Σ q to within one.
+    A sample survives with probability q = min(1, weight / certain), or 0 if its weight is no more
+    than ``least``; weight / q of the survivors adds up to an unbiased estimate of Σ weight · colour
+    over the samples of more weight than ``least``, and of its gradients. Survivors are drawn
+    systematically (one random number, then every time that the running sum of q passes a whole
+    number), so their count is Σ q to within one.
 
     Args:
         weights: of packed samples, ≥ 0.
-        threshold: weight from which a sample always survives.
+        least: weight up to which a sample never survives.
+        certain: weight from which it always does.
         start: random number in [0, 1).
 
     Returns:
         Indices of the survivors, and their q.
     """
-    probability = (weights.detach() / threshold).nan_to_num(nan=0.0).clamp(max=1)
+    held = weights.detach()
+    probability = torch.where(held > least, held / certain, 0).clamp(max=1)
     passed = (probability.double().cumsum(dim=0) + start).floor()
     survives = passed.diff(prepend=passed.new_zeros(1)) > 0
     chosen = survives.nonzero()[:, 0]

@@ -363,7 +363,7 @@ def starts(num: int) -> torch.Tensor:
 def test_roulette_equals_a_loop(seed):
     weights = random_weights(300, seed=seed)
     for start in (0.0, 0.3, 0.999):
-        chosen, probability = roulette(weights, 0.05, torch.tensor(start))
+        chosen, probability = roulette(weights, 0.0, 0.05, torch.tensor(start))
         expected, total = [], float(torch.tensor(start))
         for i, weight in enumerate(weights.tolist()):
             q = min(1.0, weight / float(np.float32(0.05)))
@@ -382,7 +382,7 @@ def test_survivors_of_the_roulette(threshold, seed):
     expected_count = float((weights.double() / threshold).clamp(max=1).sum())
     counts = []
     for start in starts(50):
-        chosen, probability = roulette(weights, threshold, start)
+        chosen, probability = roulette(weights, 0.0, threshold, start)
         assert (chosen.diff() > 0).all()
         assert (weights[chosen] > 0).all()
         certain = (weights >= threshold).nonzero()[:, 0]
@@ -390,7 +390,7 @@ def test_survivors_of_the_roulette(threshold, seed):
         torch.testing.assert_close(probability, (weights[chosen] / threshold).clamp(max=1))
         assert abs(len(chosen) - expected_count) < 1 + 1e-3
         counts.append(len(chosen))
-        again, _ = roulette(weights, threshold, start)
+        again, _ = roulette(weights, 0.0, threshold, start)
         assert torch.equal(again, chosen)
     assert np.mean(counts) == pytest.approx(expected_count, abs=0.02)
 
@@ -415,7 +415,7 @@ def test_roulette_is_unbiased(threshold):
     num_starts = 4000
     factor = torch.zeros(num, dtype=torch.float64)
     for start in starts(num_starts):
-        chosen, probability = roulette(weights, threshold, start)
+        chosen, probability = roulette(weights, 0.0, threshold, start)
         factor[chosen] += 1 / (probability * num_starts)
         assert not probability.requires_grad
     found = torch.zeros(len(counts), dtype=torch.float64)
@@ -429,11 +429,24 @@ def test_roulette_is_unbiased(threshold):
 def test_roulette_without_weights_and_with_sure_ones():
     none = torch.zeros(0)
     for weights in (none, torch.zeros(7)):
-        chosen, probability = roulette(weights, 0.1, torch.tensor(0.99))
+        chosen, probability = roulette(weights, 0.0, 0.1, torch.tensor(0.99))
         assert chosen.shape == probability.shape == (0,)
     for start in starts(7):
-        chosen, probability = roulette(torch.full((5,), 0.1), 0.1, start)
+        chosen, probability = roulette(torch.full((5,), 0.1), 0.0, 0.1, start)
         assert chosen.tolist() == [0, 1, 2, 3, 4] and probability.tolist() == [1.0] * 5
+
+
+@pytest.mark.parametrize("least", [1e-3, 0.01, 0.2])
+def test_the_roulette_leaves_out_what_weighs_least(least):
+    """Exactly as if the light ones, and one that is no number, were not there."""
+    weights = random_weights(300, seed=5)
+    weights[7], weights[8] = torch.nan, least
+    heavy = (weights > least).nonzero()[:, 0]
+    assert 0 < len(heavy) < 300
+    for start in starts(7):
+        chosen, probability = roulette(weights, least, 0.05, start)
+        expected, same = roulette(weights[heavy], 0.0, 0.05, start)
+        assert torch.equal(chosen, heavy[expected]) and torch.equal(probability, same)
 
 
 def test_a_late_sample_has_its_chance():
@@ -441,7 +454,7 @@ def test_a_late_sample_has_its_chance():
     weights = torch.ones(20_000_000)
     weights[-4:] = 0.5
     for start in (0.1, 0.6):
-        chosen, _ = roulette(weights, 1.0, torch.tensor(start))
+        chosen, _ = roulette(weights, 0.0, 1.0, torch.tensor(start))
         assert len(chosen) == 20_000_000 - 2
 
 
