@@ -1,4 +1,4 @@
-"""tiny-cuda-nn and nerfacc: compared where CUDA exists; elsewhere their conventions, by stand-ins."""
+"""tiny-cuda-nn and nerfacc: compared where CUDA exists; their conventions, by stand-ins."""
 
 from __future__ import annotations
 
