@@ -140,7 +140,8 @@ class MaskedWaveletModelConfig(ModelConfig):
     """Training: a sample of less weight than this gets a colour with probability weight / this, and
     counts for more in return, which changes no expectation. 0 gives all of them theirs."""
     render_weight_threshold: float = 1e-3
-    """Rendering: samples of no more weight take the colour of the rest of their ray."""
+    """Rendering: samples of no more than this share of their ray's opacity take the colour of the
+    rest of it."""
     background_color: Literal["white", "black", "random"] = "random"
     """Colour behind the scene; random trains against a random one and renders over black."""
 
@@ -402,14 +403,14 @@ class MaskedWaveletModel(Model):
                 weights, config.colour_weight_threshold, config.colour_roulette, start
             )
             shares = weights[seen] / survival
+            ray = samples.ray[seen]
+        elif self.training:
+            seen = (weights > config.colour_weight_threshold).nonzero()[:, 0]
+            shares, ray = weights[seen], samples.ray[seen]
         else:
-            threshold = (
-                config.colour_weight_threshold if self.training else config.render_weight_threshold
-            )
-            seen = (weights > threshold).nonzero()[:, 0]
-            shares = weights[seen]
-        ray = samples.ray[seen]
-        if not self.training:
+            least = config.render_weight_threshold * accumulation[samples.ray, 0]
+            seen = (weights > least).nonzero()[:, 0]
+            shares, ray = weights[seen], samples.ray[seen]
             # Samples without a colour of their own count as what the others of their ray show.
             coloured = accumulate_along_rays(shares, None, ray, num_rays)
             shares = shares * (accumulation / coloured.clamp(min=1e-6))[ray, 0]

@@ -209,11 +209,72 @@ def test_a_ray_through_a_uniform_medium_has_the_closed_form(tiny_config, start):
     assert abs(float(accumulation) - expected) < step
 
 
-def test_colour_threshold_changes_little(tiny_config, train):
+def test_render_threshold_changes_little(tiny_config, train, monkeypatch):
     trainer, _ = train(tiny_config(steps=16))
-    with_threshold = render(trainer)
-    trainer.pipeline.model.config.colour_weight_threshold = 0.0
-    assert psnr(render(trainer), with_threshold) > 45
+    model = trainer.pipeline.model
+    counts = []
+    colour = model.field.colour
+    monkeypatch.setattr(
+        model.field, "colour", lambda s, p, d: [counts.append(len(p)), colour(s, p, d)][1]
+    )
+    pictures = {}
+    for threshold in (0.0, 1e-3, 0.02):
+        counts.clear()
+        model.config.render_weight_threshold = threshold
+        pictures[threshold] = render(trainer), sum(counts)
+    everything, all_of_them = pictures[0.0]
+    assert psnr(pictures[1e-3][0], everything) > 50
+    assert psnr(pictures[0.02][0], everything) > 35
+    assert pictures[0.02][1] < 0.8 * all_of_them
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1e-3, 0.03])
+def test_samples_without_a_colour_take_that_of_their_ray(
+    tiny_config, start, monkeypatch, threshold
+):
+    """Where all have the same colour nothing is lost, however faint they are."""
+    trainer = start(
+        tiny_config(bits=None, masks=False, background_color="black", density_shift=-7.0)
+    )
+    model = trainer.pipeline.model.eval()
+    model.config.render_weight_threshold = threshold
+    for grid in model.field.density_grid.grids:
+        for parameter in grid.coefficients:
+            parameter.data.zero_()
+    asked = []
+
+    def grey(spatial, points, directions):
+        asked.append(len(points))
+        return torch.full((len(points), 3), 0.6)
+
+    monkeypatch.setattr(model.field, "colour", grey)
+    rays = RayBundle(
+        origins=torch.tensor([[0.0, 0.0, 4.0], [9.0, 9.0, 4.0]]),
+        directions=torch.tensor([[0.0, 0.0, -1.0], [0.0, 0.0, -1.0]]),
+        pixel_area=torch.ones(2, 1),
+    )
+    outputs = model(rays)
+    opacity = float(outputs["accumulation"][0])
+    assert 0.03 < opacity < 0.2 and asked[0] > 0
+    torch.testing.assert_close(outputs["rgb"][0], torch.full((3,), 0.6 * opacity))
+    assert outputs["rgb"][1].abs().max() == 0
+
+
+def test_the_roulette_changes_no_expectation(tiny_config, start, monkeypatch):
+    trainer = blob_scene(tiny_config, start)
+    model = trainer.pipeline.model.train()
+    rays, _ = trainer.pipeline.datamanager.next_train(0)
+    jitter = torch.rand(len(rays), 1)
+    monkeypatch.setattr(torch, "rand_like", lambda tensor: jitter)  # the same samples each time
+
+    def rendered(roulette: float, repeats: int) -> torch.Tensor:
+        model.config.colour_roulette = roulette
+        return torch.stack([model(rays)["rgb"].detach() for _ in range(repeats)]).mean(dim=0)
+
+    exact, once, often = rendered(0.0, 1), rendered(0.3, 1), rendered(0.3, 400)
+    spread = float((once - exact).abs().mean())
+    assert spread > 1e-4
+    assert float((often - exact).abs().mean()) < 0.15 * spread
 
 
 @pytest.mark.parametrize(
