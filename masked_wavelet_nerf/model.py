@@ -136,7 +136,7 @@ class MaskedWaveletModelConfig(ModelConfig):
     colour_weight_threshold: float = 1e-4
     """Training: samples of no more weight in their pixel get no colour; they darken it a little,
     which clears empty space."""
-    colour_roulette: float = 0.01
+    colour_roulette: float = 0.005
     """Training: a sample of less weight than this gets a colour with probability weight / this, and
     counts for more in return, which changes no expectation. 0 gives all of them theirs."""
     render_weight_threshold: float = 1e-3
