@@ -16,6 +16,7 @@ import argparse
 import functools
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from statistics import median
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from masked_wavelet_nerf import native
 from masked_wavelet_nerf.wavelet import Bands, WaveletTransform
 
 WAVELET, NUM_LEVELS = "bior4.4", 4
@@ -38,10 +40,12 @@ class Candidate(NamedTuple):
 
     analyse: Callable[[Tensor], list[Tensor]]
     invert: Callable[[list[Tensor], int], Tensor]
+    context: Callable[[], AbstractContextManager[None]] = nullcontext
+    """What all of it runs in."""
 
 
-def blocks(bands: list[Tensor], n: int) -> Tensor:
-    """What ``wavelet.py`` does: dense blocks around the band of each matrix, own gradient."""
+def ours(bands: list[Tensor], n: int) -> Tensor:
+    """What ``wavelet.py`` does: compiled loops, or dense blocks around the bands; own gradient."""
     return WaveletTransform(WAVELET, NUM_LEVELS).inverse(Bands(bands[0], tuple(bands[1:])), (n, n))
 
 
@@ -96,7 +100,7 @@ def shifted_sums(bands: list[Tensor], n: int) -> Tensor:
 def candidates() -> dict[str, Candidate | None]:
     """Every way to invert by name; None where the package is not installed."""
     ways = {
-        "blocks around the band (ours)": blocks,
+        "compiled loops (ours)": ours,
         "dense matrices": dense,
         "convolution and pixel shuffle": convolution,
         "shifted sums": shifted_sums,
@@ -109,6 +113,7 @@ def candidates() -> dict[str, Candidate | None]:
     found: dict[str, Candidate | None] = {
         name: Candidate(analyse, invert) for name, invert in ways.items()
     }
+    found["blocks around the band (ours, plain torch)"] = Candidate(analyse, ours, native.disabled)
     found["pytorch_wavelets"] = _pytorch_wavelets()
     found["ptwt (periodic: more coefficients)"] = _ptwt()
     return found
@@ -170,13 +175,14 @@ def _run(candidate: Candidate, bands: list[list[Tensor]], plane: Tensor) -> tupl
     """Seconds of the inverse of all groups of channels, and of its gradients."""
     n = plane.shape[-1]
     forward = backward = 0.0
-    for group, gradient in zip(bands, plane.split(CHANNELS_PER_CALL), strict=True):
-        start = time.perf_counter()
-        rendered = candidate.invert(group, n)
-        middle = time.perf_counter()
-        torch.autograd.grad(rendered, group, gradient)
-        forward += middle - start
-        backward += time.perf_counter() - middle
+    with candidate.context():
+        for group, gradient in zip(bands, plane.split(CHANNELS_PER_CALL), strict=True):
+            start = time.perf_counter()
+            rendered = candidate.invert(group, n)
+            middle = time.perf_counter()
+            torch.autograd.grad(rendered, group, gradient)
+            forward += middle - start
+            backward += time.perf_counter() - middle
     return forward, backward
 
 
@@ -190,11 +196,12 @@ def measure(num_channels: int, n: int, num_threads: int) -> list[str]:
     for name, candidate in found.items():
         if candidate is None:
             continue
-        bands = [[b.detach() for b in candidate.analyse(group)] for group in groups]
-        errors[name] = max(
-            float((candidate.invert(b, n) - group).abs().max())
-            for b, group in zip(bands, groups, strict=True)
-        )
+        with candidate.context():
+            bands = [[b.detach() for b in candidate.analyse(group)] for group in groups]
+            errors[name] = max(
+                float((candidate.invert(b, n) - group).abs().max())
+                for b, group in zip(bands, groups, strict=True)
+            )
         starts[name] = [[band.requires_grad_() for band in group] for group in bands]
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in starts}
     for _ in range(ROUNDS):

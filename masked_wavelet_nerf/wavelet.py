@@ -17,8 +17,9 @@ samples, n/2 × n to split them. With R for the rows, K for the columns and s fo
 and the adjoint of either is the other one with Rᵀ, Kᵀ. So the inverse transform merges with the
 synthesis matrices and its gradient splits with their transposes; the forward transform splits with
 the analysis matrices. Padding and crop are rows and columns of the finest level's matrices.
-On the CPU a matrix is kept as dense blocks around its band (``bench_transform`` compares), on other
-devices, where calls cost more than zeros, as one block.
+In float32 on the CPU compiled loops over the taps do all of it (``native``). Else, on the CPU, a
+matrix is kept as dense blocks around its band (``bench_transform`` compares), on other devices,
+where calls cost more than zeros, as one block.
 
 Letters: C channels, H, W plane size, h, w band size, n samples along an axis, L levels.
 """
