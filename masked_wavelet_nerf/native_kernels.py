@@ -46,19 +46,25 @@ def _texel(position, size):
 
 
 @_jit
+def _neighbours(points, n, shape, axes):
+    """Where point n's texels start: of its row, the next row, the line; and all their weights."""
+    H, W, L, C = shape
+    x, fx = _texel(points[n, axes[0]], W)
+    y, fy = _texel(points[n, axes[1]], H)
+    z, fz = _texel(points[n, axes[2]], L)
+    gx, gy, gz = _f32(1) - fx, _f32(1) - fy, _f32(1) - fz
+    a = (y * _u64(W) + x) * _u64(C)
+    b = a + _u64(W) * _u64(C)
+    return a, b, z * _u64(C), gx * gy, fx * gy, gx * fy, fx * fy, gz, fz
+
+
+@_jit
 def features(points, plane, line, shape, axes, out, width, offset, start, stop):
     """Writes plane · line at points ``start … stop - 1`` into ``out[:, offset : offset + C]``."""
-    H, W, L, C = shape
-    step, row = _u64(C), _u64(W) * _u64(C)
+    C = shape[3]
+    step = _u64(C)
     for n in range(start, stop):
-        x, fx = _texel(points[n, axes[0]], W)
-        y, fy = _texel(points[n, axes[1]], H)
-        z, fz = _texel(points[n, axes[2]], L)
-        gx, gy, gz = _f32(1) - fx, _f32(1) - fy, _f32(1) - fz
-        w00, w01, w10, w11 = gx * gy, fx * gy, gx * fy, fx * fy
-        a = y * row + x * step
-        b = a + row
-        l = z * step
+        a, b, l, w00, w01, w10, w11, gz, fz = _neighbours(points, n, shape, axes)
         o = _u64(n) * _u64(width) + _u64(offset)
         for k in range(C):
             c = _u64(k)
@@ -70,17 +76,10 @@ def features(points, plane, line, shape, axes, out, width, offset, start, stop):
 @_jit
 def summed_features(points, plane, line, shape, axes, out, start, stop):
     """Adds Σ_c plane · line at points ``start … stop - 1`` to ``out``."""
-    H, W, L, C = shape
-    step, row = _u64(C), _u64(W) * _u64(C)
+    C = shape[3]
+    step = _u64(C)
     for n in range(start, stop):
-        x, fx = _texel(points[n, axes[0]], W)
-        y, fy = _texel(points[n, axes[1]], H)
-        z, fz = _texel(points[n, axes[2]], L)
-        gx, gy, gz = _f32(1) - fx, _f32(1) - fy, _f32(1) - fz
-        w00, w01, w10, w11 = gx * gy, fx * gy, gx * fy, fx * fy
-        a = y * row + x * step
-        b = a + row
-        l = z * step
+        a, b, l, w00, w01, w10, w11, gz, fz = _neighbours(points, n, shape, axes)
         total = _f32(0)
         for k in range(C):
             c = _u64(k)
@@ -99,20 +98,13 @@ def features_backward(
     ``gradient`` is that of :func:`features`, (N, width), read from column ``offset`` on; or, where
     ``width`` is 0, that of :func:`summed_features`, (N,).
     """
-    H, W, L, C = shape
-    step, row = _u64(C), _u64(W) * _u64(C)
+    C = shape[3]
+    step = _u64(C)
     # One loop for each of the six targets: with one pointer to write through and one to read,
     # LLVM's check that they do not overlap is cheap, and the loop becomes vector instructions.
     of_line, of_plane = np.empty(C, _f32), np.empty(C, _f32)
     for n in range(start, stop):
-        x, fx = _texel(points[n, axes[0]], W)
-        y, fy = _texel(points[n, axes[1]], H)
-        z, fz = _texel(points[n, axes[2]], L)
-        gx, gy, gz = _f32(1) - fx, _f32(1) - fy, _f32(1) - fz
-        w00, w01, w10, w11 = gx * gy, fx * gy, gx * fy, fx * fy
-        a = y * row + x * step
-        b = a + row
-        l = z * step
+        a, b, l, w00, w01, w10, w11, gz, fz = _neighbours(points, n, shape, axes)
         if width == 0:
             scale = gradient[n]
             for k in range(C):
