@@ -34,6 +34,8 @@ _SWITCH = "MASKED_WAVELET_NATIVE"
 _TAPS = 5
 """Taps that the banded product takes at once."""
 
+_WORTH_A_THREAD = 1 << 17
+
 _disabled = 0
 
 
@@ -153,7 +155,7 @@ def features(
                 kernels.features(where, *factors, out.reshape(-1), width, offset, start, stop)
             offset += factors.shape[-1]
 
-    _split_range(work, len(where))
+    _split_range(work, len(where), width)
     return torch.from_numpy(out)
 
 
@@ -228,10 +230,10 @@ def merge(
     arrays = [_flat(t) for t in (approximation, detail, low, high, plane)]
     matrices = (tuple(rows[0]), tuple(rows[1]))
     arguments = *arrays[:2], (h, H, w * C), matrices, np.float32(factor), *arrays[2:4]
-    _split_range(functools.partial(kernels.merge_rows, *arguments), H)
+    _split_range(functools.partial(kernels.merge_rows, *arguments), H, 2 * w * C)
     matrices = (tuple(columns[0]), tuple(columns[1]))
     arguments = *arrays[2:4], (w, W, C), matrices, arrays[4]
-    _split_range(functools.partial(kernels.merge_columns, *arguments), H)
+    _split_range(functools.partial(kernels.merge_columns, *arguments), H, W * C)
     return plane
 
 
@@ -250,10 +252,10 @@ def split(
     arrays = [_flat(t) for t in (plane, low, high, approximation, detail)]
     matrices = (tuple(columns[0]), tuple(columns[1]))
     arguments = arrays[0], (W, w, C), matrices, *arrays[1:3]
-    _split_range(functools.partial(kernels.split_columns, *arguments), H)
+    _split_range(functools.partial(kernels.split_columns, *arguments), H, 2 * w * C)
     matrices = (tuple(rows[0]), tuple(rows[1]))
     arguments = *arrays[1:3], (H, h, w * C), matrices, np.float32(factor), *arrays[3:]
-    _split_range(functools.partial(kernels.split_rows, *arguments), h)
+    _split_range(functools.partial(kernels.split_rows, *arguments), h, 4 * w * C)
     return approximation, detail
 
 
@@ -326,7 +328,7 @@ def occupied_places(
         cells.contiguous().numpy(),
         valid.numpy(),
     ]
-    _split_range(functools.partial(kernels.occupied_places, *arguments), len(origins))
+    _split_range(functools.partial(kernels.occupied_places, *arguments), len(origins), num_steps)
     return valid
 
 
@@ -378,9 +380,13 @@ def _parts(size: int, num_parts: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(bounds))
 
 
-def _split_range(work: Callable[[int, int], Any], size: int) -> list[Any]:
-    """Calls ``work(start, stop)`` on as many parts of ``range(size)`` as there are threads."""
-    if torch.get_num_threads() == 1:
+def _split_range(work: Callable[[int, int], Any], size: int, width: int = 1) -> list[Any]:
+    """Calls ``work(start, stop)`` on as many parts of ``range(size)`` as there are threads.
+
+    Less than some hundred thousand numbers, ``width`` for each of ``size``, are not worth waking
+    threads for.
+    """
+    if torch.get_num_threads() == 1 or size * width < _WORTH_A_THREAD:
         return [work(0, size)]
     num_parts = max(1, min(torch.get_num_threads(), size))
     return _run([functools.partial(work, *part) for part in _parts(size, num_parts)])

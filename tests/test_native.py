@@ -25,6 +25,11 @@ GUARD = 64
 
 
 @pytest.fixture(autouse=True)
+def small_work_is_split_too(monkeypatch):
+    monkeypatch.setattr(native, "_WORTH_A_THREAD", 0)
+
+
+@pytest.fixture(autouse=True)
 def one_thread():
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
