@@ -21,6 +21,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 
 import masked_wavelet_codec as codec
 from masked_wavelet_nerf import __version__, report
+from masked_wavelet_nerf.clock import peak_bytes
 from masked_wavelet_nerf.errors import UserError
 from masked_wavelet_nerf.export import export_run
 from masked_wavelet_nerf.presets import Preset, load_preset
@@ -138,8 +139,8 @@ def run_preset(
         "encode_seconds": encode_seconds,
         "decode_seconds": decode_seconds,
         "render_rays_per_second": before.rays_per_second,
-        "train_peak_bytes": _peak_bytes(resource.RUSAGE_CHILDREN),
-        "render_peak_bytes": _peak_bytes(resource.RUSAGE_SELF),
+        "train_peak_bytes": peak_bytes(resource.RUSAGE_CHILDREN),
+        "render_peak_bytes": peak_bytes(resource.RUSAGE_SELF),
         "views": before.num_views,
         "threads": threads,
         "device": str(run.model.device),
@@ -188,12 +189,6 @@ def train(
         )
     seconds = checkpoints[-1].stat().st_mtime - config_path.stat().st_mtime
     return config_path, seconds, shlex.join(["ns-train", *arguments])
-
-
-def _peak_bytes(who: int) -> int:
-    """Most resident memory that this process, or one of its children, has had."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(who).ru_maxrss * unit
 
 
 def _same_integers(trained: Any, decoded: Any, bits: int) -> bool:

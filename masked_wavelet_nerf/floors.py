@@ -29,7 +29,6 @@ rendering only the forward half counts, without losses; planes are made once, no
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -39,6 +38,7 @@ import torch
 from torch import nn
 
 from masked_wavelet_nerf import tracing
+from masked_wavelet_nerf.clock import now
 from masked_wavelet_nerf.model import MaskedWaveletModel
 from masked_wavelet_nerf.planes import FactorisedGrid
 from masked_wavelet_nerf.wavelet import DCTTransform, PlaneTransform, WaveletTransform
@@ -194,13 +194,6 @@ def measure_machine(device: torch.device, repeats: int = 7) -> Machine:
     product = torch.empty_like(left)
     multiplying = _best(lambda: torch.mm(left, right, out=product), device, repeats)
     return Machine(bandwidth=num_bytes / moving, peak=2 * side**3 / multiplying)
-
-
-def now(device: torch.device) -> float:
-    """Seconds on the clock, once the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _best(run: Callable[[], object], device: torch.device, repeats: int) -> float:

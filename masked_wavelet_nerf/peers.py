@@ -35,7 +35,6 @@ import json
 import math
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -64,6 +63,7 @@ from rich.table import Table
 
 import masked_wavelet_codec as codec
 from masked_wavelet_nerf import __version__
+from masked_wavelet_nerf.clock import now, peak_bytes
 from masked_wavelet_nerf.errors import UserError
 from masked_wavelet_nerf.export import export_run
 from masked_wavelet_nerf.model import MaskedWaveletModelConfig
@@ -373,7 +373,7 @@ def run_job(job: Job) -> dict[str, Any]:
     monitor = Monitor(trainer, job)
     monitor.train()
     last, rendered = monitor.curve[-1], monitor.rendered
-    peak_bytes = _peak_bytes()
+    peak = peak_bytes()
     on_gpu = torch.cuda.is_available() and job.device == "cuda"
     row = {
         "method": job.method,
@@ -392,7 +392,7 @@ def run_job(job: Job) -> dict[str, Any]:
         "psnr": last.psnr,
         "bytes": 0,
         "render_rays_per_second": rendered.rays_per_second,
-        "peak_bytes": peak_bytes,
+        "peak_bytes": peak,
         "peak_gpu_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
         "views": rendered.num_views,
         "threads": torch.get_num_threads(),
@@ -467,11 +467,6 @@ def _test_views(pipeline: Pipeline) -> InputDataset:
     return dataset
 
 
-def _peak_bytes() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def count_rendering_values(model: torch.nn.Module) -> int:
     """Numbers that rendering with a peer needs: its parameters and buffers.
 
@@ -518,7 +513,7 @@ class Stopwatch:
 
     def start(self) -> None:
         """Goes on counting."""
-        self._since = self._now()
+        self._since = now(self._device)
 
     def stop(self) -> None:
         """Stops counting."""
@@ -529,12 +524,7 @@ class Stopwatch:
         """Seconds so far; of a GPU only what it was asked to do, unless waited for."""
         if self._since is None:
             return self._earlier
-        return self._earlier + (self._now() if wait else time.perf_counter()) - self._since
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
+        return self._earlier + (now(self._device) if wait else time.perf_counter()) - self._since
 
 
 class _StopTrainingError(Exception):

@@ -33,8 +33,9 @@ from nerfstudio.utils import writer
 from nerfstudio.utils.rich_utils import CONSOLE
 
 from masked_wavelet_nerf import profile_report, tracing
+from masked_wavelet_nerf.clock import now
 from masked_wavelet_nerf.errors import UserError
-from masked_wavelet_nerf.floors import Machine, Work, counts_of, measure_machine, now, work
+from masked_wavelet_nerf.floors import Machine, Work, counts_of, measure_machine, work
 from masked_wavelet_nerf.profile_report import Measurement, Part, Timing, Variation
 from masked_wavelet_nerf.profile_scene import model_of, run_trainer, stand_in_trainer
 

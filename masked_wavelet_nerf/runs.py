@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from rich.progress import track
 from masked_wavelet_codec import Cameras as SceneCameras
 from masked_wavelet_codec import CodecError, Scene
 from masked_wavelet_nerf import __version__
+from masked_wavelet_nerf.clock import now
 from masked_wavelet_nerf.errors import UserError
 from masked_wavelet_nerf.model import MaskedWaveletModel, MaskedWaveletModelConfig
 from masked_wavelet_nerf.scene import (
@@ -150,9 +150,9 @@ def evaluate(pipeline: Pipeline, num_views: int | None = None) -> Evaluation:
     for index in track(np.linspace(0, len(dataset) - 1, count).astype(int), "Evaluating"):
         camera = dataset.cameras[int(index) : int(index) + 1].to(model.device)
         batch = {key: _to(value, model.device) for key, value in dataset[int(index)].items()}
-        start = _now(model.device)
+        start = now(model.device)
         outputs = model.get_outputs_for_camera(camera)
-        seconds += _now(model.device) - start
+        seconds += now(model.device) - start
         num_rays += outputs["rgb"][..., 0].numel()
         metrics, _ = model.get_image_metrics_and_images(outputs, batch)
         for key, value in metrics.items():
@@ -169,12 +169,6 @@ def evaluate(pipeline: Pipeline, num_views: int | None = None) -> Evaluation:
 
 def _to(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, torch.Tensor) else value
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 # --- run → scene ----------------------------------------------------------------------------------
