@@ -16,14 +16,16 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from masked_wavelet_nerf import accelerators
+from masked_wavelet_nerf import accelerators, native
 from masked_wavelet_nerf.planes import (
     CoefficientGrid,
     FactorisedGrid,
     PlanesName,
     ReduceName,
     SpatialGrid,
+    to_spatial,
 )
 from masked_wavelet_nerf.wavelet import TransformName, make_transform
 
@@ -132,8 +134,8 @@ class WaveletPlaneField(nn.Module):
 
     def to_spatial(self, num_levels: int | None = None, threshold: float = 0.0) -> SpatialField:
         """Quantise → mask → inverse transform of every grid: once per step, not per chunk."""
-        density, density_kept = self.density_grid(num_levels, threshold)
-        appearance, appearance_kept = self.appearance_grid(num_levels, threshold)
+        both = to_spatial((self.density_grid, self.appearance_grid), num_levels, threshold)
+        (density, density_kept), (appearance, appearance_kept) = both
         return SpatialField(density, appearance, density_kept + appearance_kept)
 
     def density(self, spatial: SpatialField, points: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
@@ -150,7 +152,18 @@ class WaveletPlaneField(nn.Module):
         """Colour in [0, 1] at points in [-1, 1]³ seen along unit ``directions``."""
         features = self.appearance_grid.features(spatial.appearance, points)
         appearance = self.appearance_map(features)
+        return torch.sigmoid(self._run_colour_network(appearance, directions))
+
+    def _run_colour_network(
+        self, appearance: Float[Tensor, "N A"], directions: Float[Tensor, "N 3"]
+    ) -> Float[Tensor, "N 3"]:
         frequencies = self.config.num_frequencies
+        if native.serves(appearance, directions):
+            first = self.colour_network[0]
+            assert isinstance(first, nn.Linear)
+            inputs = _Encoding.apply(appearance, directions, frequencies)
+            weight = F.pad(first.weight, (0, inputs.shape[1] - first.in_features))
+            return self.colour_network[1:](F.linear(inputs, weight, first.bias))
         inputs = torch.cat(
             (
                 appearance,
@@ -160,7 +173,7 @@ class WaveletPlaneField(nn.Module):
             ),
             dim=-1,
         )
-        return torch.sigmoid(accelerators.run_network(self.colour_network, inputs))
+        return accelerators.run_network(self.colour_network, inputs)
 
     def upsample(self, resolution: tuple[int, int, int]) -> None:
         """Resizes both grids; sampled features stay where they were."""
@@ -178,3 +191,20 @@ def frequency_encoding(values: Float[Tensor, "N D"], num_frequencies: int) -> Fl
     scales = 2.0 ** torch.arange(num_frequencies, device=values.device, dtype=values.dtype)
     angles = (values[..., None] * scales).flatten(-2)
     return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+class _Encoding(torch.autograd.Function):
+    """Inputs of the colour network in compiled loops, with the gradient of the appearance."""
+
+    @staticmethod
+    def forward(ctx, appearance, directions, num_frequencies):
+        encoded = native.encode(appearance, directions, num_frequencies)
+        ctx.save_for_backward(encoded)
+        ctx.sizes = appearance.shape[1], directions.shape[1], num_frequencies
+        return encoded
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (encoded,) = ctx.saved_tensors
+        return native.encode_backward(gradient, encoded, *ctx.sizes), None, None

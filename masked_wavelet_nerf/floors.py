@@ -5,9 +5,8 @@ and the operations of the plain formulas: additions, multiplications, comparison
 count one each. Parts share no memory traffic: fusing some could go lower.
 
     part                        bytes                                    operations
-    masks & quantiser, forward  12 K: reads v and m, writes v̂            6 K
-                      backward  20 K: reads ∂v̂, v, m, writes ∂v, ∂m      12 K
-    inverse transform, each way 4 (K + T)                                Σ levels 4 t C h w
+    masks & transform, forward  8 K + 4 T: reads v, m, writes planes     6 K + Σ levels 4 t C h w
+                      backward  16 K + 4 T: reads v, m, writes ∂v, ∂m    12 K + Σ levels 4 t C h w
     marching                    32 R + P + 24 N                          12 P
     look-ups, forward           4 min(T, 6 G N) + 12 N + 4 O             12 G N (VM), 8 G N
                       backward  4 min(T, 6 G N) + 4 T + 12 N + 4 O       26 G N (VM), 14 G N
@@ -170,9 +169,10 @@ def work(counts: Counts, *, training: bool) -> dict[str, Work]:
         36 * (n + m) + 48 * c.rays + 8 * c.density_values + 4 * c.coefficients,
         20 * n + 16 * m + 3 * c.density_values + c.coefficients,
     )
-    found[tracing.MASKS] = Work(32 * c.coefficients, 18 * c.coefficients)
     values = c.density_values + c.appearance_values
-    found[tracing.TRANSFORM] = Work(8 * (c.coefficients + values), 2 * c.transform_operations)
+    found[tracing.TRANSFORM] = Work(
+        24 * c.coefficients + 8 * values, 18 * c.coefficients + 2 * c.transform_operations
+    )
     found[tracing.OPTIMISER] = Work(28 * c.parameters, 14 * c.parameters)
     return found
 

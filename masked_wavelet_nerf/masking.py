@@ -23,8 +23,6 @@ from jaxtyping import Bool, Float, Int16
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from masked_wavelet_nerf import native
-
 
 class QuantisedBand(NamedTuple):
     """Integers of one level of one grid, as the codec stores them."""
@@ -79,20 +77,13 @@ class _MaskedQuantise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, values, logits, bits, threshold):
-        ctx.native_scalars = None
-        if logits is not None and bits is not None and native.serves(values, logits):
-            largest = largest_integer(bits)
-            shown, kept, step = native.masked_quantise(values, logits, threshold, largest)
-            ctx.native_scalars = step, largest
-            ctx.save_for_backward(kept, logits, values)
-        else:
-            kept = keep(logits, values, threshold)
-            quantised = values
-            if bits is not None:
-                step, largest = quantiser_step(values, kept, bits), largest_integer(bits)
-                quantised = (values / step).round_().clamp_(-largest, largest).mul_(step)
-            shown = torch.where(kept, quantised, 0)  # a product would turn the mask to floats first
-            ctx.save_for_backward(kept, logits, quantised)
+        kept = keep(logits, values, threshold)
+        quantised = values
+        if bits is not None:
+            step, largest = quantiser_step(values, kept, bits), largest_integer(bits)
+            quantised = (values / step).round_().clamp_(-largest, largest).mul_(step)
+        shown = torch.where(kept, quantised, 0)  # a product would turn the mask to floats first
+        ctx.save_for_backward(kept, logits, quantised)
         ctx.mark_non_differentiable(kept)
         return shown, kept
 
@@ -101,12 +92,6 @@ class _MaskedQuantise(torch.autograd.Function):
     def backward(ctx, *grad_outputs):  # pyright: ignore[reportIncompatibleMethodOverride]
         grad, _ = grad_outputs
         kept, logits, quantised = ctx.saved_tensors
-        if ctx.native_scalars is not None:
-            values = quantised  # that loop quantises them once more: less to keep and to move
-            gradients = native.masked_quantise_backward(
-                grad, values, kept, logits, *ctx.native_scalars
-            )
-            return *gradients, None, None
         grad_values = torch.where(kept, grad, 0) if ctx.needs_input_grad[0] else None
         grad_logits = None
         if ctx.needs_input_grad[1]:

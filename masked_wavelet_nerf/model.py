@@ -35,7 +35,7 @@ from nerfstudio.viewer_legacy.server.viewer_utils import IOChangeException
 from torch import Tensor
 from torch.nn import Parameter
 
-from masked_wavelet_nerf import accelerators, native
+from masked_wavelet_nerf import accelerators, native, threads
 from masked_wavelet_nerf.errors import UserError
 from masked_wavelet_nerf.field import FieldConfig, SpatialField, WaveletPlaneField
 from masked_wavelet_nerf.metrics import ImageMetrics
@@ -550,9 +550,7 @@ class MaskedWaveletModel(Model):
     ) -> list[TrainingCallback]:
         """Occupancy updates and upsamplings, at their steps."""
         attributes = training_callback_attributes
-        # Dropped coefficients get no gradient: Adam's running means of them decay into denormal
-        # numbers, which processors are slow at.
-        torch.set_flush_denormal(True)
+        threads.flush_denormals()
         native.keep_freed_memory()
         if self.device.type == "cpu":
             CONSOLE.log(native.status())

@@ -16,16 +16,18 @@ import contextlib
 import ctypes
 import functools
 import itertools
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from masked_wavelet_nerf import threads
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -35,15 +37,27 @@ _TAPS = 5
 """Taps that the banded product takes at once."""
 
 _WORTH_A_THREAD = 1 << 17
+"""Numbers to be computed, below which waking a thread takes longer than it saves."""
+_ROW = 8
+_CHANNELS_PER_LINE = 16
+"""float32 numbers in a cache line: two threads that write to one wait for each other."""
 
 _disabled = 0
 
 
-class Taps(NamedTuple):
-    """A banded matrix, row by row: output i = Σ_t values[i, t] · input[columns[i, t]]."""
+class Levels(NamedTuple):
+    """All levels of a transform, coarse to fine, as rows of taps.
 
+    A level has four banded matrices (rows low, high, columns low, high); output i of a matrix is
+    Σ_t values[i, t] · input[columns[i, t]].
+    """
+
+    table: np.ndarray
+    """(L, 4, 4): where a matrix starts in the two arrays below, its rows, columns, taps per row."""
     columns: np.ndarray
     values: np.ndarray
+    factors: np.ndarray
+    """(L,): of the details."""
 
 
 def is_switched_on() -> bool:
@@ -171,37 +185,51 @@ def features_backward(
     assert kernels is not None
     found = _factors(planes, lines, axes)
     where = points.detach().contiguous().numpy()
-    g = _flat(gradient)
-    width = 0 if gradient.ndim == 1 else gradient.shape[1]
-
-    def task(i: int, offset: int, start: int, stop: int) -> list[Tensor]:
-        plane = torch.zeros(planes[i].movedim(0, -1).shape, dtype=torch.float32)
-        line = torch.zeros(lines[i].T.shape, dtype=torch.float32)
-        arguments = g, width, offset, _flat(plane), _flat(line), start, stop
-        kernels.features_backward(where, *found[i], *arguments)
-        return [plane, line]
-
-    # Threads share neither planes nor, where there are several, points: each adds up its own.
-    num_parts = 1 if torch.get_num_threads() == 1 else 2
-    offsets = np.cumsum([0, *(factors.shape[-1] for factors in found)])
-    tasks = [
-        functools.partial(task, i, int(offsets[i]), start, stop)
-        for i in range(len(found))
-        for start, stop in _parts(len(where), num_parts)
-    ]
-    done = iter(_run(tasks))
-    sums = [
-        [functools.reduce(Tensor.add_, parts) for parts in zip(*group, strict=True)]
-        for group in zip(*[done] * num_parts, strict=True)
-    ]
-    return [t.movedim(-1, 0) for kind in zip(*sums, strict=True) for t in kind]
+    g = _flat(gradient).reshape(len(where), -1 if len(where) else 1)
+    of_planes, of_lines = (
+        [torch.empty(t.movedim(0, -1).shape, dtype=torch.float32) for t in kind]
+        for kind in (planes, lines)
+    )
+    tasks, costs, offset = [], [], 0
+    for factors, plane, line in zip(found, of_planes, of_lines, strict=True):
+        for block in _blocks(factors.shape[-1]):
+            arguments = g, offset, block, _flat(plane), _flat(line)
+            tasks.append(functools.partial(kernels.features_backward, where, *factors, *arguments))
+            costs.append(block[1] - block[0])
+        offset += factors.shape[-1]
+    threads.run(tasks, costs)
+    return [t.movedim(-1, 0) for t in (*of_planes, *of_lines)]
 
 
-# --- banded products ------------------------------------------------------------------------------
+def _blocks(num_channels: int) -> list[tuple[int, int]]:
+    """Channels, as (first, last + 1), for threads to share: whole cache lines, two thirds first."""
+    whole_lines = num_channels // _CHANNELS_PER_LINE
+    if torch.get_num_threads() == 1 or whole_lines < 2:
+        return [(0, num_channels)]
+    cut = -(-whole_lines * 2 // 3) * _CHANNELS_PER_LINE
+    return [(0, cut), (cut, num_channels)]
 
 
-def taps(matrix: np.ndarray) -> Taps:
-    """The nonzero entries of a matrix, row by row; rows are filled up with zeros."""
+# --- transform, masks and quantiser ---------------------------------------------------------------
+
+
+def levels(matrices: Sequence[Sequence[np.ndarray]], factors: Sequence[float]) -> Levels:
+    """The levels of a transform from their dense matrices, four for each level."""
+    table = np.zeros((len(matrices), 4, 4), np.int64)
+    columns, values, offset = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)], 0
+    for level, four in enumerate(matrices):
+        for which, matrix in enumerate(four):
+            some_columns, some_values = _taps(matrix)
+            table[level, which] = offset, *matrix.shape, some_values.shape[1]
+            columns.append(some_columns.reshape(-1))
+            values.append(some_values.reshape(-1))
+            offset += some_values.size
+    joined = np.concatenate(columns), np.concatenate(values)
+    return Levels(table, *joined, np.array(factors, np.float32))
+
+
+def _taps(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Columns and values of the nonzero entries, row by row; rows are filled up with zeros."""
     used = matrix != 0
     most = max(1, int(used.sum(axis=1).max()))
     width = -(-most // _TAPS) * _TAPS
@@ -212,103 +240,134 @@ def taps(matrix: np.ndarray) -> Taps:
         columns[i, : len(found)] = found
         columns[i, len(found) :] = found[-1] if len(found) else 0
         values[i, : len(found)] = matrix[i, found]
-    return Taps(columns, values)
+    return columns, values
 
 
 def merge(
-    rows: tuple[Taps, Taps],
-    columns: tuple[Taps, Taps],
-    factor: float,
-    approximation: Float[Tensor, "h w C"],
-    detail: Float[Tensor, "3 h w C"],
-) -> Float[Tensor, "H W C"]:
-    """Merges one level, see :mod:`masked_wavelet_nerf.wavelet`; ``factor`` is the details'."""
+    levels: Levels,
+    approximation: Float[Tensor, "C _ _"],
+    details: Sequence[Float[Tensor, "C 3 _ _"]],
+) -> Float[Tensor, "C H W"]:
+    """Merges all levels, see :mod:`masked_wavelet_nerf.wavelet`; channels-last."""
     kernels = _kernels()
     assert kernels is not None
-    (h, w, C), H, W = approximation.shape, len(rows[0].values), len(columns[0].values)
-    low, high, plane = (approximation.new_empty(H, n, C) for n in (w, w, W))
-    arrays = [_flat(t) for t in (approximation, detail, low, high, plane)]
-    matrices = (tuple(rows[0]), tuple(rows[1]))
-    arguments = *arrays[:2], (h, H, w * C), matrices, np.float32(factor), *arrays[2:4]
-    _split_range(functools.partial(kernels.merge_rows, *arguments), H, 2 * w * C)
-    matrices = (tuple(columns[0]), tuple(columns[1]))
-    arguments = *arrays[2:4], (w, W, C), matrices, arrays[4]
-    _split_range(functools.partial(kernels.merge_columns, *arguments), H, W * C)
-    return plane
+    channels = approximation.shape[0]
+    bands = [_flat(t.movedim(0, -1)) for t in (approximation, *details)]
+    plane = kernels.merge_levels(np.concatenate(bands), levels, channels)
+    H, W = levels.table[-1, (0, 2), 1]
+    return torch.from_numpy(plane).view(int(H), int(W), channels).movedim(-1, 0)
 
 
 def split(
-    rows: tuple[Taps, Taps],
-    columns: tuple[Taps, Taps],
-    factor: float,
-    plane: Float[Tensor, "H W C"],
-) -> tuple[Float[Tensor, "h w C"], Float[Tensor, "3 h w C"]]:
-    """Splits one level, see :mod:`masked_wavelet_nerf.wavelet`; ``factor`` is the details'."""
+    levels: Levels, plane: Float[Tensor, "C H W"]
+) -> tuple[Float[Tensor, "C _ _"], list[Float[Tensor, "C 3 _ _"]]]:
+    """Splits all levels, see :mod:`masked_wavelet_nerf.wavelet`; channels-last."""
     kernels = _kernels()
     assert kernels is not None
-    (H, W, C), h, w = plane.shape, len(rows[0].values), len(columns[0].values)
-    low, high = plane.new_empty(H, w, C), plane.new_empty(H, w, C)
-    approximation, detail = plane.new_empty(h, w, C), plane.new_empty(3, h, w, C)
-    arrays = [_flat(t) for t in (plane, low, high, approximation, detail)]
-    matrices = (tuple(columns[0]), tuple(columns[1]))
-    arguments = arrays[0], (W, w, C), matrices, *arrays[1:3]
-    _split_range(functools.partial(kernels.split_columns, *arguments), H, 2 * w * C)
-    matrices = (tuple(rows[0]), tuple(rows[1]))
-    arguments = *arrays[1:3], (H, h, w * C), matrices, np.float32(factor), *arrays[3:]
-    _split_range(functools.partial(kernels.split_rows, *arguments), h, 4 * w * C)
-    return approximation, detail
+    channels = plane.shape[0]
+    bands = torch.from_numpy(kernels.split_levels(_flat(plane.movedim(0, -1)), levels, channels))
+    sizes = [(int(h), int(w), channels) for h, w in levels.table[:, (0, 2), 1]]
+    parts = bands.split([math.prod(sizes[0]), *(3 * math.prod(size) for size in sizes)])
+    details = [part.view(3, *size) for part, size in zip(parts[1:], sizes, strict=True)]
+    return parts[0].view(sizes[0]).movedim(-1, 0), [t.movedim(-1, 0) for t in details]
 
 
-# --- masks and quantiser --------------------------------------------------------------------------
+class Bands(NamedTuple):
+    """One plane or line: coefficients and logits, level by level, and its inverse transform."""
+
+    values: Sequence[Tensor]
+    logits: Sequence[Tensor]
+    largest: int
+    """Q of the quantiser."""
+    synthesis: Levels
+    adjoint: Levels
+    size: tuple[int, ...]
+    """Of the plane, (H, W), or line, (n,)."""
+
+    def arrays(self) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+        """Values and logits, flat, channels innermost."""
+        values, logits = (
+            tuple(_flat(t.movedim(0, -1)) for t in level) for level in (self.values, self.logits)
+        )
+        return values, logits
 
 
-def masked_quantise(
-    values: Float[Tensor, "C B *n"],
-    logits: Float[Tensor, "C B *n"],
-    threshold: float,
-    largest: int,
-) -> tuple[Float[Tensor, "C B *n"], Bool[Tensor, "C B *n"], float]:
-    """Quantised values (0 where dropped), which are kept, and the step Δ."""
+def masked_spatial(
+    grids: Sequence[Bands], threshold: float
+) -> tuple[list[Float[Tensor, "_ *_"]], list[np.ndarray], list[np.ndarray]]:
+    """Quantise → mask → inverse transform of every grid.
+
+    Returns:
+        Planes and lines, channels-last; how many coefficients of each level were kept; steps Δ.
+    """
     kernels = _kernels()
     assert kernels is not None
-    v, m, limit = _flat(values.movedim(0, -1)), _flat(logits.movedim(0, -1)), np.float32(threshold)
-    maxima = _split_range(functools.partial(kernels.largest_kept, v, m, limit), len(v))
-    step = np.float32(max(maxima)) / np.float32(largest)
-    step = step if step > 0 else np.float32(1)
-    shape = values.movedim(0, -1).shape
-    shown = torch.empty(shape, dtype=torch.float32)
-    kept = torch.empty(shape, dtype=torch.bool)
-    arguments = v, m, limit, step, np.float32(largest), _flat(shown), _flat(kept)
-    _split_range(functools.partial(kernels.masked_quantise, *arguments), len(v))
-    return shown.movedim(-1, 0), kept.movedim(-1, 0), float(step)
 
+    def work(grid: Bands) -> tuple[Tensor, np.ndarray, np.ndarray]:
+        channels = grid.values[0].shape[0]
+        steps = np.empty(len(grid.values), np.float32)
+        counts = np.empty(len(grid.values), np.int64)
+        spatial = kernels.masked_spatial(
+            *grid.arrays(),
+            np.float32(threshold),
+            np.float32(grid.largest),
+            grid.synthesis,
+            channels,
+            steps,
+            counts,
+        )
+        shaped = torch.from_numpy(spatial).view(*grid.size, channels)
+        return shaped.movedim(-1, 0), counts, steps
 
-def masked_quantise_backward(
-    gradient: Float[Tensor, "C B *n"],
-    values: Float[Tensor, "C B *n"],
-    kept: Bool[Tensor, "C B *n"],
-    logits: Float[Tensor, "C B *n"],
-    step: float,
-    largest: int,
-) -> tuple[Float[Tensor, "C B *n"], Float[Tensor, "C B *n"]]:
-    """Straight-through gradients of values and logits."""
-    kernels = _kernels()
-    assert kernels is not None
-    of_logits = torch.sigmoid(logits.movedim(0, -1)).contiguous()
-    of_values = torch.empty_like(of_logits)
-    arguments = [_flat(t.movedim(0, -1)) for t in (gradient, values, kept)]
-    scalars = np.float32(step), np.float32(largest)
-    work = functools.partial(
-        kernels.masked_quantise_backward, *arguments, *scalars, _flat(of_logits), _flat(of_values)
+    done = threads.run(
+        [functools.partial(work, grid) for grid in grids], list(map(_num_values, grids))
     )
-    _split_range(work, of_logits.numel())
-    return of_values.movedim(-1, 0), of_logits.movedim(-1, 0)
+    spatial, counts, steps = zip(*done, strict=True)
+    return list(spatial), list(counts), list(steps)
+
+
+def masked_spatial_backward(
+    grids: Sequence[Bands],
+    gradients: Sequence[Float[Tensor, "_ *_"]],
+    steps: Sequence[np.ndarray],
+    threshold: float,
+) -> list[Tensor]:
+    """Gradients of values and logits of :func:`masked_spatial`: grid by grid, values first."""
+    kernels = _kernels()
+    assert kernels is not None
+
+    def work(grid: Bands, gradient: Tensor, steps: np.ndarray) -> list[Tensor]:
+        found = torch.empty(2, _num_values(grid))
+        kernels.masked_spatial_backward(
+            _flat(gradient.movedim(0, -1)),
+            *grid.arrays(),
+            np.float32(threshold),
+            np.float32(grid.largest),
+            grid.adjoint,
+            gradient.shape[0],
+            steps,
+            *(row.numpy() for row in found),
+        )
+        shapes = [t.movedim(0, -1).shape for t in grid.values]
+        parts = found.split([shape.numel() for shape in shapes], dim=1)
+        return [
+            part[kind].view(shape).movedim(-1, 0)
+            for kind in (0, 1)
+            for part, shape in zip(parts, shapes, strict=True)
+        ]
+
+    tasks = [functools.partial(work, *some) for some in zip(grids, gradients, steps, strict=True)]
+    return list(itertools.chain.from_iterable(threads.run(tasks, list(map(_num_values, grids)))))
+
+
+def _num_values(grid: Bands) -> int:
+    return sum(t.numel() for t in grid.values)
 
 
 # --- marching -------------------------------------------------------------------------------------
 
 
-def occupied_places(
+def occupied_samples(
     origins: Float[Tensor, "R 3"],
     directions: Float[Tensor, "R 3"],
     first: Float[Tensor, "R 1"],
@@ -316,20 +375,65 @@ def occupied_places(
     step_size: float,
     num_steps: int,
     cells: Bool[Tensor, "X Y Z"],
-) -> Bool[Tensor, "R S"]:
-    """Which places first + s · step, nearer than far, lie in occupied cells of [-1, 1]³."""
+) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"], Float[Tensor, "N 3"]]:
+    """Ray, distance and point of places first + s · step < far in occupied cells of [-1, 1]³."""
     kernels = _kernels()
     assert kernels is not None
-    valid = torch.zeros(len(origins), num_steps, dtype=torch.bool)
-    arguments = [
-        *(t.detach().contiguous().numpy() for t in (origins, directions)),
-        *(_flat(t) for t in (first, fars)),
-        np.float32(step_size),
-        cells.contiguous().numpy(),
-        valid.numpy(),
-    ]
-    _split_range(functools.partial(kernels.occupied_places, *arguments), len(origins), num_steps)
-    return valid
+    num_rays = len(origins)
+    rays = [t.detach().contiguous().numpy() for t in (origins, directions)]
+    start, stop, step = _flat(first), _flat(fars), np.float32(step_size)
+    valid = np.zeros((num_rays, num_steps), np.bool_)
+    counts = np.zeros(num_rays, np.int64)
+    arguments = *rays, start, stop, step, cells.contiguous().numpy(), valid, counts
+    _split_range(functools.partial(kernels.occupied_places, *arguments), num_rays, num_steps)
+    offsets = np.concatenate((np.zeros(1, np.int64), counts.cumsum()))
+    count = int(offsets[-1])
+    ray, middles = torch.empty(count, dtype=torch.int64), torch.empty(count)
+    points = torch.empty(count, 3)
+    outputs = ray.numpy(), middles.numpy(), points.numpy()
+    arguments = *rays, start, step, valid, offsets, *outputs
+    _split_range(functools.partial(kernels.pack_places, *arguments), num_rays, num_steps)
+    return ray, middles, points
+
+
+# --- inputs of the colour network -----------------------------------------------------------------
+
+
+def encode(
+    appearance: Float[Tensor, "N A"], directions: Float[Tensor, "N D"], num_frequencies: int
+) -> Float[Tensor, "N _"]:
+    """(a, d, γ(a), γ(d)), see :mod:`masked_wavelet_nerf.field`, and zeros up to a multiple of 8.
+
+    Matrix products are up to twice as fast on such rows.
+    """
+    kernels = _kernels()
+    assert kernels is not None
+    inputs = [t.detach().contiguous().numpy() for t in (appearance, directions)]
+    num_rows = len(appearance)
+    used = sum(t.shape[1] for t in inputs) * (1 + 2 * num_frequencies)
+    width = -(-used // _ROW) * _ROW
+    out = torch.empty(num_rows, width)
+    work = functools.partial(kernels.encode, *inputs, num_frequencies, width, _flat(out))
+    _split_range(work, num_rows, width)
+    return out
+
+
+def encode_backward(
+    gradient: Float[Tensor, "N F"],
+    encoded: Float[Tensor, "N F"],
+    num_appearance: int,
+    num_directions: int,
+    num_frequencies: int,
+) -> Float[Tensor, "N A"]:
+    """Gradient of :func:`encode` with respect to ``appearance``; ``encoded`` is what it gave."""
+    kernels = _kernels()
+    assert kernels is not None
+    arrays = [t.detach().contiguous().numpy() for t in (gradient, encoded)]
+    out = torch.empty(len(gradient), num_appearance)
+    sizes = num_appearance, num_directions, num_frequencies
+    work = functools.partial(kernels.encode_backward, *arrays, *sizes, _flat(out))
+    _split_range(work, *gradient.shape)
+    return out
 
 
 # --- memory and threads ---------------------------------------------------------------------------
@@ -357,23 +461,6 @@ def _flat(tensor: Tensor) -> np.ndarray:
     return tensor.detach().contiguous().view(-1).numpy()
 
 
-@functools.cache
-def _pool(num_threads: int, process: int) -> ThreadPoolExecutor:
-    # A forked process inherits the pool, but not its threads: each has a pool of its own.
-    # Denormal numbers are as slow here as in the training loop, which flushes them too.
-    return ThreadPoolExecutor(
-        num_threads, "native", initializer=torch.set_flush_denormal, initargs=(True,)
-    )
-
-
-def _run(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
-    num_threads = torch.get_num_threads()
-    if num_threads == 1 or len(tasks) == 1:
-        return [task() for task in tasks]
-    pool = _pool(num_threads, os.getpid())
-    return [future.result() for future in [pool.submit(task) for task in tasks]]
-
-
 def _parts(size: int, num_parts: int) -> list[tuple[int, int]]:
     """``range(size)`` in equal parts, as (start, stop)."""
     bounds = [size * i // num_parts for i in range(num_parts + 1)]
@@ -389,4 +476,4 @@ def _split_range(work: Callable[[int, int], Any], size: int, width: int = 1) -> 
     if torch.get_num_threads() == 1 or size * width < _WORTH_A_THREAD:
         return [work(0, size)]
     num_parts = max(1, min(torch.get_num_threads(), size))
-    return _run([functools.partial(work, *part) for part in _parts(size, num_parts)])
+    return threads.run([functools.partial(work, *part) for part in _parts(size, num_parts)])

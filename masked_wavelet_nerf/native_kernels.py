@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 
 import numba
 import numpy as np
@@ -20,7 +21,10 @@ _FASTMATH = {"reassoc", "contract", "arcp", "nsz"}  # NaN and infinity keep thei
 _EXACT = {"nsz"}  # v / Δ has to round as the codec's does: no reciprocals
 
 _u64 = np.uint64
+_i32 = np.int32
 _f32 = np.float32
+_LOG2_E = math.log2(math.e)
+_LN_2 = math.log(2)
 
 
 def _jit(function, fastmath=_FASTMATH):
@@ -91,46 +95,59 @@ def summed_features(points, plane, line, shape, axes, out, start, stop):
 
 @_jit
 def features_backward(
-    points, plane, line, shape, axes, gradient, width, offset, plane_out, line_out, start, stop
+    points, plane, line, shape, axes, gradient, offset, block, plane_out, line_out
 ):
-    """Adds the gradients of plane and line by points ``start … stop - 1`` to the two outputs.
+    """Writes the gradients of channels ``block`` = (first, last + 1) of plane and line.
 
     ``gradient`` is that of :func:`features`, (N, width), read from column ``offset`` on; or, where
-    ``width`` is 0, that of :func:`summed_features`, (N,).
+    its width is 1, that of :func:`summed_features`, the same for all channels.
     """
-    C = shape[3]
+    H, W, L, C = shape
+    first, last = block
+    size = last - first
     step = _u64(C)
+    for texel in range(H * W):
+        start = _u64(texel) * step + _u64(first)
+        for k in range(size):
+            plane_out[start + _u64(k)] = _f32(0)
+    for texel in range(L):
+        start = _u64(texel) * step + _u64(first)
+        for k in range(size):
+            line_out[start + _u64(k)] = _f32(0)
+    N, width = gradient.shape
+    flat = gradient.reshape(-1)
     # One loop for each of the six targets: with one pointer to write through and one to read,
     # LLVM's check that they do not overlap is cheap, and the loop becomes vector instructions.
-    of_line, of_plane = np.empty(C, _f32), np.empty(C, _f32)
-    for n in range(start, stop):
+    of_line, of_plane = np.empty(size, _f32), np.empty(size, _f32)
+    for n in range(N):
         a, b, l, w00, w01, w10, w11, gz, fz = _neighbours(points, n, shape, axes)
-        if width == 0:
-            scale = gradient[n]
-            for k in range(C):
+        a, b, l = a + _u64(first), b + _u64(first), l + _u64(first)
+        if width == 1:
+            scale = flat[_u64(n)]
+            for k in range(size):
                 c = _u64(k)
                 p = w00 * plane[a + c] + w01 * plane[a + step + c]
                 of_line[c] = (p + w10 * plane[b + c] + w11 * plane[b + step + c]) * scale
                 of_plane[c] = (gz * line[l + c] + fz * line[l + step + c]) * scale
         else:
-            o = _u64(n) * _u64(width) + _u64(offset)
-            for k in range(C):
+            o = _u64(n) * _u64(width) + _u64(offset) + _u64(first)
+            for k in range(size):
                 c = _u64(k)
                 p = w00 * plane[a + c] + w01 * plane[a + step + c]
                 p += w10 * plane[b + c] + w11 * plane[b + step + c]
-                of_line[c] = p * gradient[o + c]
-                of_plane[c] = (gz * line[l + c] + fz * line[l + step + c]) * gradient[o + c]
-        for k in range(C):
+                of_line[c] = p * flat[o + c]
+                of_plane[c] = (gz * line[l + c] + fz * line[l + step + c]) * flat[o + c]
+        for k in range(size):
             line_out[l + _u64(k)] += gz * of_line[_u64(k)]
-        for k in range(C):
+        for k in range(size):
             line_out[l + step + _u64(k)] += fz * of_line[_u64(k)]
-        for k in range(C):
+        for k in range(size):
             plane_out[a + _u64(k)] += w00 * of_plane[_u64(k)]
-        for k in range(C):
+        for k in range(size):
             plane_out[a + step + _u64(k)] += w01 * of_plane[_u64(k)]
-        for k in range(C):
+        for k in range(size):
             plane_out[b + _u64(k)] += w10 * of_plane[_u64(k)]
-        for k in range(C):
+        for k in range(size):
             plane_out[b + step + _u64(k)] += w11 * of_plane[_u64(k)]
 
 
@@ -170,93 +187,274 @@ def banded_product(source, num_in, taps, factor, out, num_out, width, add, start
 
 
 @_jit
-def merge_rows(approximation, detail, size, taps, factor, low, high, start, stop):
-    """Rows of ``low`` and ``high``, (H, w, C), from the bands, (h, w, C) and (3, h, w, C)."""
-    h, H, width = size
-    low_taps, high_taps = taps
-    band = _u64(h) * _u64(width)
-    one = _f32(1)
-    banded_product(approximation, h, low_taps, one, low, H, width, False, start, stop)
-    banded_product(detail, h, high_taps, factor, low, H, width, True, start, stop)
-    banded_product(detail[band:], h, low_taps, factor, high, H, width, False, start, stop)
-    banded_product(detail[2 * band :], h, high_taps, factor, high, H, width, True, start, stop)
+def _taps(levels, level, matrix):
+    """(columns, values) of one of a level's four matrices: row low, high, column low, high."""
+    offset, num_rows, _, width = levels.table[level, matrix]
+    stop = offset + num_rows * width
+    columns = levels.columns[offset:stop].reshape(num_rows, width)
+    return columns, levels.values[offset:stop].reshape(num_rows, width)
 
 
 @_jit
-def merge_columns(low, high, size, taps, plane, start, stop):
-    """Rows of ``plane``, (H, W, C), from ``low`` and ``high``, (H, w, C)."""
-    w, W, C = size
-    low_taps, high_taps = taps
+def merge_levels(bands, levels, channels):
+    """A plane, (H, W, C), from its bands: (h, w, C), then (3, h, w, C) of every level."""
     one = _f32(1)
-    banded_product(low, w, low_taps, one, plane, W, C, False, start * W, stop * W)
-    banded_product(high, w, high_taps, one, plane, W, C, True, start * W, stop * W)
+    num_levels = levels.table.shape[0]
+    plane = bands
+    start = levels.table[0, 0, 2] * levels.table[0, 2, 2] * channels if num_levels else 0
+    for level in range(num_levels):
+        _, H, h, _ = levels.table[level, 0]
+        _, W, w, _ = levels.table[level, 2]
+        row_low, row_high = _taps(levels, level, 0), _taps(levels, level, 1)
+        column_low, column_high = _taps(levels, level, 2), _taps(levels, level, 3)
+        factor, width = levels.factors[level], w * channels
+        band = h * width
+        a, b, c = bands[start:], bands[start + band :], bands[start + 2 * band :]
+        low, high = np.empty(H * width, _f32), np.empty(H * width, _f32)
+        banded_product(plane, h, row_low, one, low, H, width, False, 0, H)
+        banded_product(a, h, row_high, factor, low, H, width, True, 0, H)
+        banded_product(b, h, row_low, factor, high, H, width, False, 0, H)
+        banded_product(c, h, row_high, factor, high, H, width, True, 0, H)
+        plane = np.empty(H * W * channels, _f32)
+        banded_product(low, w, column_low, one, plane, W, channels, False, 0, H * W)
+        banded_product(high, w, column_high, one, plane, W, channels, True, 0, H * W)
+        start += 3 * band
+    return plane
 
 
 @_jit
-def split_columns(plane, size, taps, low, high, start, stop):
-    """Rows of ``low`` and ``high``, (H, w, C), from ``plane``, (H, W, C)."""
-    W, w, C = size
-    low_taps, high_taps = taps
+def split_levels(plane, levels, channels):
+    """The bands of a plane, laid out as :func:`merge_levels` takes them."""
     one = _f32(1)
-    banded_product(plane, W, low_taps, one, low, w, C, False, start * w, stop * w)
-    banded_product(plane, W, high_taps, one, high, w, C, False, start * w, stop * w)
+    num_levels = levels.table.shape[0]
+    if num_levels == 0:
+        return plane
+    stop = levels.table[0, 0, 1] * levels.table[0, 2, 1] * channels
+    for level in range(num_levels):
+        stop += 3 * levels.table[level, 0, 1] * levels.table[level, 2, 1] * channels
+    bands = np.empty(stop, _f32)
+    for level in range(num_levels - 1, -1, -1):
+        _, h, H, _ = levels.table[level, 0]
+        _, w, W, _ = levels.table[level, 2]
+        row_low, row_high = _taps(levels, level, 0), _taps(levels, level, 1)
+        column_low, column_high = _taps(levels, level, 2), _taps(levels, level, 3)
+        factor, width = levels.factors[level], w * channels
+        band = h * width
+        low, high = np.empty(H * width, _f32), np.empty(H * width, _f32)
+        banded_product(plane, W, column_low, one, low, w, channels, False, 0, H * w)
+        banded_product(plane, W, column_high, one, high, w, channels, False, 0, H * w)
+        stop -= 3 * band
+        a, b, c = bands[stop:], bands[stop + band :], bands[stop + 2 * band :]
+        plane = np.empty(band, _f32) if level else bands
+        banded_product(low, H, row_low, one, plane, h, width, False, 0, h)
+        banded_product(low, H, row_high, factor, a, h, width, False, 0, h)
+        banded_product(high, H, row_low, factor, b, h, width, False, 0, h)
+        banded_product(high, H, row_high, factor, c, h, width, False, 0, h)
+    return bands
 
 
 @_jit
-def split_rows(low, high, size, taps, factor, approximation, detail, start, stop):
-    """Rows of the bands, (h, w, C) and (3, h, w, C), from ``low`` and ``high``, (H, w, C)."""
-    H, h, width = size
-    low_taps, high_taps = taps
-    band = _u64(h) * _u64(width)
-    one = _f32(1)
-    banded_product(low, H, low_taps, one, approximation, h, width, False, start, stop)
-    banded_product(low, H, high_taps, factor, detail, h, width, False, start, stop)
-    banded_product(high, H, low_taps, factor, detail[band:], h, width, False, start, stop)
-    banded_product(high, H, high_taps, factor, detail[2 * band :], h, width, False, start, stop)
-
-
-@_jit
-def largest_kept(values, logits, threshold, start, stop):
+def _largest_kept(values, logits, threshold):
     """max |v| over what is kept, 0 if nothing is."""
     # Sixteen running maxima: one would wait for itself.
     lanes = np.zeros(16, _f32)
-    whole = start + (stop - start) // 16 * 16
-    for i in range(start, whole, 16):
+    whole = values.size // 16 * 16
+    for i in range(0, whole, 16):
         for k in range(16):
             v = abs(values[_u64(i + k)])
             lanes[k] = max(lanes[k], v if logits[_u64(i + k)] >= threshold else _f32(0))
-    for i in range(whole, stop):
+    for i in range(whole, values.size):
         lanes[0] = max(lanes[0], abs(values[i]) if logits[i] >= threshold else _f32(0))
     return lanes.max()
 
 
 @_jit_exact
-def masked_quantise(values, logits, threshold, step, largest, shown, kept, start, stop):
-    """q · step where kept, else 0; and which are kept."""
-    for n in range(start, stop):
+def _masked_quantise(values, logits, threshold, step, largest, shown):
+    """Writes q · step where kept, else 0; returns how many are kept."""
+    count = _i32(0)
+    for n in range(values.size):
         i = _u64(n)
         keep = logits[i] >= threshold
         q = min(max(np.rint(values[i] / step), -largest), largest) * step
         shown[i] = q if keep else _f32(0)
-        kept[i] = keep
+        count += _i32(keep)
+    return count
 
 
 @_jit_exact
-def masked_quantise_backward(
-    gradient, values, kept, step, largest, probability, of_values, start, stop
-):
-    """Straight-through gradients; that of the logits replaces ``probability`` = σ(logit)."""
-    for n in range(start, stop):
-        i = _u64(n)
-        g, p = gradient[i], probability[i]
-        q = min(max(np.rint(values[i] / step), -largest), largest) * step
-        of_values[i] = g if kept[i] else _f32(0)
-        probability[i] = p * (_f32(1) - p) * q * g
+def masked_spatial(values, logits, threshold, largest, levels, channels, steps, counts):
+    """Quantise → mask → inverse transform of a whole grid.
+
+    ``values`` and ``logits`` are its bands, ``steps`` takes the Δ of each and ``counts`` how many
+    of each are kept; returns the spatial plane or line.
+    """
+    size = 0
+    for level in range(len(values)):
+        size += values[level].size
+    bands = np.empty(size, _f32)
+    start = 0
+    for level in range(len(values)):
+        step = _largest_kept(values[level], logits[level], threshold) / largest
+        steps[level] = step if step > _f32(0) else _f32(1)
+        stop = start + values[level].size
+        counts[level] = _masked_quantise(
+            values[level], logits[level], threshold, steps[level], largest, bands[start:stop]
+        )
+        start = stop
+    return merge_levels(bands, levels, channels)
 
 
 @_jit
-def occupied_places(origins, directions, first, fars, step, cells, valid, start, stop):
-    """Marks places first + s · step < far whose nearest node of ``cells`` is occupied."""
+def _sigmoid_slope(logits, out):
+    """σ(1 - σ) = e / (1 + e)² with e = exp(-|m|), to 1e-5."""
+    for n in range(logits.size):
+        i = _u64(n)
+        # e = 2^whole · exp(rest), |rest| ≤ ln 2 / 2; below 2^-125 it no longer shrinks.
+        power = max(-abs(logits[i]) * _f32(_LOG2_E), _f32(-125))
+        whole = np.rint(power)
+        rest = (power - whole) * _f32(_LN_2)
+        e = _f32(1 / 5040)
+        e = e * rest + _f32(1 / 720)
+        e = e * rest + _f32(1 / 120)
+        e = e * rest + _f32(1 / 24)
+        e = e * rest + _f32(1 / 6)
+        e = e * rest + _f32(1 / 2)
+        e = e * rest + _f32(1)
+        e = e * rest + _f32(1)
+        e *= _i32((_i32(whole) + _i32(127)) << _i32(23)).view(np.float32)
+        out[i] = e / ((_f32(1) + e) * (_f32(1) + e))
+
+
+@_jit_exact
+def _masked_quantise_backward(
+    gradient, values, logits, threshold, step, largest, of_values, of_logits
+):
+    """Straight-through gradients; ``of_logits`` holds σ(1 - σ) before."""
+    for n in range(values.size):
+        i = _u64(n)
+        g = gradient[i]
+        q = min(max(np.rint(values[i] / step), -largest), largest) * step
+        of_values[i] = g if logits[i] >= threshold else _f32(0)
+        of_logits[i] *= q * g
+
+
+@_jit_exact
+def masked_spatial_backward(
+    gradient, values, logits, threshold, largest, levels, channels, steps, of_values, of_logits
+):
+    """Gradients of :func:`masked_spatial`, all bands in one row, with the adjoint's ``levels``."""
+    bands = split_levels(gradient, levels, channels)
+    start = 0
+    for level in range(len(values)):
+        stop = start + values[level].size
+        of_level = of_logits[start:stop]
+        _sigmoid_slope(logits[level], of_level)
+        _masked_quantise_backward(
+            bands[start:stop],
+            values[level],
+            logits[level],
+            threshold,
+            steps[level],
+            largest,
+            of_values[start:stop],
+            of_level,
+        )
+        start = stop
+
+
+@_jit_exact
+def _sine_and_cosine(values, start, size, sines, cosines):
+    """Of ``values[start : start + size]``, to 2e-7 within ±10000."""
+    for k in range(size):
+        j = _u64(k)
+        x = values[_u64(start) + j]
+        # x = quarter turns + rest, |rest| ≤ π / 4; π / 2 in three parts, so that little is lost.
+        turns = np.rint(x * _f32(2 / math.pi))
+        rest = ((x - turns * _f32(1.5703125)) - turns * _f32(4.837512969970703125e-4)) - (
+            turns * _f32(7.549789954891882e-8)
+        )
+        square = rest * rest
+        sine = _f32(-1.9515295891e-4) * square + _f32(8.3321608736e-3)
+        sine = (sine * square - _f32(1.6666654611e-1)) * square * rest + rest
+        cosine = _f32(2.443315711809948e-5) * square - _f32(1.388731625493765e-3)
+        cosine = (cosine * square + _f32(4.166664568298827e-2)) * square * square
+        cosine = cosine - _f32(0.5) * square + _f32(1)
+        quarter = _i32(turns) & _i32(3)
+        swap = (quarter & _i32(1)) != 0
+        one, other = (cosine, sine) if swap else (sine, cosine)
+        sines[j] = -one if quarter >= 2 else one
+        cosines[j] = -other if (quarter == 1) | (quarter == 2) else other
+
+
+@_jit
+def encode(appearance, directions, num_frequencies, width, out, start, stop):
+    """Rows ``start … stop - 1`` of (a, d, γ(a), γ(d)), filled up with zeros to ``width``.
+
+    γ(x) are the sines, then the cosines of 2^k x, channels outermost, k innermost; sines and
+    cosines of twice an angle follow from those of the angle.
+    """
+    A, D, K = appearance.shape[1], directions.shape[1], num_frequencies
+    flat_appearance, flat_directions = appearance.reshape(-1), directions.reshape(-1)
+    most = max(A, D)
+    sines, cosines = np.empty(most, _f32), np.empty(most, _f32)
+    used = _u64((A + D) * (1 + 2 * K))
+    for n in range(start, stop):
+        o = _u64(n) * _u64(width)
+        for k in range(A):
+            out[o + _u64(k)] = flat_appearance[_u64(n) * _u64(A) + _u64(k)]
+        for k in range(D):
+            out[o + _u64(A) + _u64(k)] = flat_directions[_u64(n) * _u64(D) + _u64(k)]
+        at = o + _u64(A + D)
+        for part in range(2 if K else 0):
+            size = D if part else A
+            if part:
+                _sine_and_cosine(flat_directions, n * D, size, sines, cosines)
+            else:
+                _sine_and_cosine(flat_appearance, n * A, size, sines, cosines)
+            to_cosines = _u64(size * K)
+            for octave in range(K):
+                for k in range(size):
+                    j = at + _u64(k * K + octave)
+                    out[j] = sines[_u64(k)]
+                    out[j + to_cosines] = cosines[_u64(k)]
+                for k in range(size):
+                    sine, cosine = sines[_u64(k)], cosines[_u64(k)]
+                    sines[_u64(k)] = _f32(2) * sine * cosine
+                    cosines[_u64(k)] = _f32(1) - _f32(2) * sine * sine
+            at += _u64(2 * size * K)
+        for k in range(_u64(width) - used):
+            out[o + used + _u64(k)] = _f32(0)
+
+
+@_jit
+def encode_backward(
+    gradient, encoded, num_appearance, num_others, num_frequencies, out, start, stop
+):
+    """Gradient of :func:`encode` for a: ∂a + Σ_k 2^k (∂sin · cos - ∂cos · sin)."""
+    A, K = num_appearance, num_frequencies
+    width = gradient.shape[1]
+    flat, flat_encoded = gradient.reshape(-1), encoded.reshape(-1)
+    to_cosines = _u64(A * K)
+    for n in range(start, stop):
+        o = _u64(n) * _u64(width)
+        at = o + _u64(A + num_others)
+        for k in range(A):
+            total = flat[o + _u64(k)]
+            scale = _f32(1)
+            for octave in range(K):
+                j = at + _u64(k * K + octave)
+                sine, cosine = flat_encoded[j], flat_encoded[j + to_cosines]
+                total += scale * (flat[j] * cosine - flat[j + to_cosines] * sine)
+                scale *= _f32(2)
+            out[_u64(n) * _u64(A) + _u64(k)] = total
+
+
+@_jit
+def occupied_places(origins, directions, first, fars, step, cells, valid, counts, start, stop):
+    """Marks places first + s · step < far whose nearest node of ``cells`` is occupied.
+
+    ``counts`` takes how many of each ray's places are.
+    """
     X, Y, Z = cells.shape
     S = valid.shape[1]
     sx, sy, sz = _f32(X - 1) * _f32(0.5), _f32(Y - 1) * _f32(0.5), _f32(Z - 1) * _f32(0.5)
@@ -272,4 +470,31 @@ def occupied_places(origins, directions, first, fars, step, cells, valid, start,
             y = np.rint((oy + dy * t + _f32(1)) * sy)
             z = np.rint((oz + dz * t + _f32(1)) * sz)
             if 0 <= x < X and 0 <= y < Y and 0 <= z < Z:
-                valid[r, s] = cells[np.int64(x), np.int64(y), np.int64(z)]
+                occupied = cells[np.int64(x), np.int64(y), np.int64(z)]
+                valid[r, s] = occupied
+                counts[r] += occupied
+
+
+@_jit_exact
+def pack_places(
+    origins, directions, first, step, valid, offsets, ray, middles, points, start, stop
+):
+    """Ray, distance and point of the marked places of rays ``start … stop - 1``.
+
+    Ray r's are written from ``offsets[r]`` on.
+    """
+    S = valid.shape[1]
+    for r in range(start, stop):
+        i = offsets[r]
+        if i == offsets[r + 1]:
+            continue
+        ox, oy, oz = origins[r, 0], origins[r, 1], origins[r, 2]
+        dx, dy, dz = directions[r, 0], directions[r, 1], directions[r, 2]
+        for s in range(S):
+            if valid[r, s]:
+                t = first[r] + _f32(s) * step
+                ray[i], middles[i] = r, t
+                points[i, 0], points[i, 1], points[i, 2] = ox + dx * t, oy + dy * t, oz + dz * t
+                i += 1
+                if i == offsets[r + 1]:
+                    break

@@ -16,6 +16,7 @@ Letters: C components, B bands of a level, N points, L levels, H, W plane size.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
@@ -28,6 +29,7 @@ from torch.autograd.function import once_differentiable
 from masked_wavelet_nerf import native
 from masked_wavelet_nerf.masking import (
     QuantisedBand,
+    largest_integer,
     masked_quantise,
     quantise_to_integers,
     quantiser_step,
@@ -122,6 +124,21 @@ class CoefficientGrid(nn.Module):
             levels.append(shown)
             counts.append(kept_count)
         return self._inverse_transform(levels), torch.stack(counts)
+
+    def compiled(self, num_levels: int | None) -> native.Bands | None:
+        """What :meth:`forward` works on, for the compiled loops, where they can take its place."""
+        if (
+            self.bits is None
+            or not len(self.logits)
+            or (num_levels is not None and num_levels < len(self.coefficients) - 1)
+            or not native.serves(*self.coefficients)
+        ):
+            return None
+        taps = self.transform.taps(self._size)
+        if taps is None:
+            return None
+        values, logits = list(self.coefficients), list(self.logits)
+        return native.Bands(values, logits, largest_integer(self.bits), *taps, self._size)
 
     def integers(self, bits: int) -> list[QuantisedBand]:
         """What the codec stores, level by level, coarse to fine."""
@@ -312,13 +329,8 @@ class FactorisedGrid(nn.Module):
     def forward(
         self, num_levels: int | None = None, threshold: float = 0.0
     ) -> tuple[SpatialGrid, list[Int[Tensor, " _"]]]:
-        """All planes and lines in the spatial domain, and kept counts per grid and level."""
-        spatial, counts = [], []
-        for grid in self.grids:
-            values, kept = grid(num_levels, threshold)
-            spatial.append(values)
-            counts.append(kept)
-        return SpatialGrid(tuple(spatial[:3]), tuple(spatial[3:])), counts
+        """See :func:`to_spatial`."""
+        return to_spatial([self], num_levels, threshold)[0]
 
     def features(
         self, spatial: SpatialGrid, points: Float[Tensor, "N 3"]
@@ -378,12 +390,69 @@ class FactorisedGrid(nn.Module):
         return list(zip(self.grids, axes, strict=False))
 
 
+def to_spatial(
+    grids: Sequence[FactorisedGrid], num_levels: int | None = None, threshold: float = 0.0
+) -> list[tuple[SpatialGrid, list[Int[Tensor, " _"]]]]:
+    """:meth:`CoefficientGrid.forward` of all planes and lines: at once, where compiled loops can.
+
+    Returns:
+        For each grid its planes and lines in the spatial domain, and kept counts of their levels.
+    """
+    members = [member for grid in grids for member in grid.grids]
+    served = [bands for member in members if (bands := member.compiled(num_levels)) is not None]
+    if len(served) == len(members):
+        parameters = [p for bands in served for p in (*bands.values, *bands.logits)]
+        found = _MaskedSpatial.apply(served, threshold, *parameters)
+        spatial, kept = iter(found[: len(members)]), iter(found[len(members) :])
+    else:
+        each = [member(num_levels, threshold) for member in members]
+        spatial, kept = map(iter, zip(*each, strict=True))
+    return [
+        (
+            SpatialGrid(
+                tuple(itertools.islice(spatial, len(grid.planes))),
+                tuple(itertools.islice(spatial, len(grid.lines))),
+            ),
+            list(itertools.islice(kept, len(grid.grids))),
+        )
+        for grid in grids
+    ]
+
+
 def _replace_data(parameter: nn.Parameter, value: Tensor) -> None:
     # While anybody still holds the last step's loss, its graph keeps the parameter's gradient
     # accumulator alive, with the old shape. Torch drops it when the type changes, not the shape.
     parameter.data = torch.empty(0, dtype=torch.float64, device=value.device)
     parameter.data = value
     parameter.grad = None
+
+
+class _MaskedSpatial(torch.autograd.Function):
+    """Planes and lines from all coefficients in compiled loops, then counts of what is kept."""
+
+    @staticmethod
+    def forward(ctx, grids, threshold, *parameters):
+        spatial, counts, ctx.steps = native.masked_spatial(grids, threshold)
+        ctx.grids, ctx.threshold = grids, threshold
+        ctx.save_for_backward(*parameters)
+        kept = [torch.from_numpy(count) for count in counts]
+        ctx.mark_non_differentiable(*kept)
+        return *spatial, *kept
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):  # pyright: ignore[reportIncompatibleMethodOverride]
+        saved = iter(ctx.saved_tensors)
+        grids = [
+            grid._replace(
+                values=list(itertools.islice(saved, len(grid.values))),
+                logits=list(itertools.islice(saved, len(grid.logits))),
+            )
+            for grid in ctx.grids
+        ]
+        of_spatial = gradients[: len(grids)]
+        found = native.masked_spatial_backward(grids, of_spatial, ctx.steps, ctx.threshold)
+        return None, None, *found
 
 
 class _NativeFeatures(torch.autograd.Function):

@@ -70,15 +70,16 @@ def march(
         )
         points = torch.addcmul(origins[ray], directions[ray], middles[:, None])
         return PackedSamples(ray, middles, step_size, points)
-    if native.serves(origins, directions, first, fars):
-        valid = native.occupied_places(
+    has_gradients = any(t.requires_grad for t in (origins, directions, first))
+    if native.serves(origins, directions, first, fars) and not has_gradients:
+        ray, middles, points = native.occupied_samples(
             origins, directions, first, fars, step_size, num_steps, occupancy.cells
         )
-    else:
-        index = torch.arange(num_steps, device=nears.device, dtype=nears.dtype)
-        middles = first + index * step_size
-        valid = middles < fars
-        valid &= occupancy(origins[:, None] + directions[:, None] * middles[..., None])
+        return PackedSamples(ray, middles, step_size, points)
+    index = torch.arange(num_steps, device=nears.device, dtype=nears.dtype)
+    middles = first + index * step_size
+    valid = middles < fars
+    valid &= occupancy(origins[:, None] + directions[:, None] * middles[..., None])
     flat = valid.flatten().nonzero()[:, 0]
     ray = flat // num_steps
     middles = first[ray, 0] + (flat - ray * num_steps) * step_size

@@ -23,11 +23,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from masked_wavelet_nerf.datamanager import WaveletDataManager
 from masked_wavelet_nerf.field import WaveletPlaneField
 from masked_wavelet_nerf.model import MaskedWaveletModel
-from masked_wavelet_nerf.planes import CoefficientGrid, FactorisedGrid
-from masked_wavelet_nerf.wavelet import DCTTransform, IdentityTransform, WaveletTransform
+from masked_wavelet_nerf.planes import FactorisedGrid
 
-MASKS = "masks & quantiser"
-TRANSFORM = "inverse transform"
+TRANSFORM = "masks & inverse transform"
+"""With the quantiser: compiled loops do all three at once."""
 MARCHING = "marching"
 DENSITY = "density look-ups"
 APPEARANCE = "appearance look-ups"
@@ -41,7 +40,6 @@ REST = "nerfstudio & rest"
 """What no label covers: the time of a step or frame, less all other parts."""
 
 PARTS: tuple[str, ...] = (
-    MASKS,
     TRANSFORM,
     MARCHING,
     DENSITY,
@@ -62,10 +60,7 @@ _LABEL = "mwnerf: "
 _NODE = "autograd::engine::evaluate_function: "
 
 _LABELLED: tuple[tuple[Any, str, str], ...] = (
-    (CoefficientGrid, "forward", MASKS),
-    (WaveletTransform, "inverse", TRANSFORM),
-    (DCTTransform, "inverse", TRANSFORM),
-    (IdentityTransform, "inverse", TRANSFORM),
+    (WaveletPlaneField, "to_spatial", TRANSFORM),
     (MaskedWaveletModel, "forward", MARCHING),  # what is not get_outputs is the collider
     (MaskedWaveletModel, "_samples", MARCHING),
     (MaskedWaveletModel, "get_outputs", RENDERING),
@@ -82,7 +77,8 @@ _LABELLED: tuple[tuple[Any, str, str], ...] = (
 """Owner, method, part. A part nested in another is taken off it."""
 
 _NODES = (
-    ("_MaskedQuantise", MASKS),
+    ("_MaskedSpatial", TRANSFORM),
+    ("_MaskedQuantise", TRANSFORM),
     ("_Merge", TRANSFORM),
     ("_Split", TRANSFORM),
     # Density and appearance share their code: only the forward pass can tell them apart.

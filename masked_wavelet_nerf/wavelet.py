@@ -46,6 +46,7 @@ TransformName = Literal["wavelet", "dct", "identity"]
 Size = tuple[int, int]
 
 MAX_LEVELS = 6
+_NO_LEVELS = native.levels([], [])
 
 
 class Bands(NamedTuple):
@@ -68,6 +69,10 @@ class PlaneTransform(ABC):
     def band_sizes(self, size: Size) -> tuple[Size, ...]:
         """(h, w) of the approximation, then of each detail level, coarse to fine."""
         return ((size[0], size[1]),)
+
+    def taps(self, size: tuple[int, ...]) -> tuple[native.Levels, native.Levels] | None:
+        """Inverse transform and its adjoint as the compiled loops take them, where they can."""
+        return None
 
     @abstractmethod
     def forward(self, plane: Float[Tensor, "C H W"]) -> Bands:
@@ -103,6 +108,10 @@ class PlaneTransform(ABC):
 @dataclass(frozen=True)
 class IdentityTransform(PlaneTransform):
     """The plane itself as its approximation."""
+
+    def taps(self, size: tuple[int, ...]) -> tuple[native.Levels, native.Levels]:
+        """No levels at all."""
+        return _NO_LEVELS, _NO_LEVELS
 
     def forward(self, plane: Float[Tensor, "C H W"]) -> Bands:
         """Returns ``plane`` as approximation."""
@@ -161,6 +170,15 @@ class WaveletTransform(PlaneTransform):
         shifts = [self.num_levels, *range(self.num_levels, 0, -1)]
         return tuple((height >> shift, width >> shift) for shift in shifts)
 
+    def taps(self, size: tuple[int, ...]) -> tuple[native.Levels, native.Levels]:
+        """Synthesis and its adjoint."""
+        if self.num_levels == 0:
+            return _NO_LEVELS, _NO_LEVELS
+        synthesis, adjoint = _levels(
+            self, (size[0], size[1]), "synthesis", torch.float32, torch.device("cpu")
+        )
+        return synthesis.taps, adjoint.taps
+
     def forward(self, plane: Float[Tensor, "C H W"]) -> Bands:
         """Analysis, as ``pywt.wavedec2(mode='periodization')`` but for level scaling."""
         size = self._check_plane(plane)
@@ -216,7 +234,7 @@ class _Matrix:
     """
 
     def __init__(self, dense: np.ndarray, dtype: torch.dtype, device: torch.device) -> None:
-        self._dense = dense
+        self.dense = dense
         self.blocks: list[tuple[slice, slice, Tensor, bool]] = []
         self.num_rows, num_columns = dense.shape
         # Measured: 64 to 76 samples per block, on either side; fewer are slow, more are zeros.
@@ -227,11 +245,6 @@ class _Matrix:
             for i, columns in enumerate(_runs(dense[start:stop].any(axis=0))):
                 part = torch.tensor(dense[start:stop, columns]).to(device, dtype)
                 self.blocks.append((slice(start, stop), columns, part, i == 0))
-
-    @functools.cached_property
-    def taps(self) -> native.Taps:
-        """The matrix as the compiled loops take it."""
-        return native.taps(self._dense)
 
     def times(self, x: Tensor, out: Tensor, *, factor: float = 1.0, add: bool = False) -> None:
         """out = factor · M · x for 2-D x, added to what is there if ``add``."""
@@ -254,28 +267,30 @@ class _Level(NamedTuple):
     columns: tuple[_Matrix, _Matrix]
     factor: float
 
-    def taps(
-        self,
-    ) -> tuple[tuple[native.Taps, native.Taps], tuple[native.Taps, native.Taps], float]:
-        """The level as the compiled loops take it."""
-        rows, columns = self.rows, self.columns
-        return (rows[0].taps, rows[1].taps), (columns[0].taps, columns[1].taps), self.factor
+
+@dataclass(frozen=True)
+class _Levels:
+    """All levels of one direction, coarse to fine."""
+
+    levels: tuple[_Level, ...]
+
+    @functools.cached_property
+    def taps(self) -> native.Levels:
+        """As the compiled loops take them."""
+        matrices = [[matrix.dense for matrix in (*l.rows, *l.columns)] for l in self.levels]  # noqa: E741
+        return native.levels(matrices, [level.factor for level in self.levels])
 
 
 class _Merge(torch.autograd.Function):
-    """Bands to a plane by ``levels`` (coarse to fine), with the levels of the adjoint beside."""
+    """Bands to a plane by ``levels``, with the levels of the adjoint beside."""
 
     @staticmethod
     def forward(ctx, levels, adjoint, approximation, *details):
         ctx.levels = adjoint, levels
-        if native.serves(approximation):  # on (h, w, C): either axis runs over contiguous memory
-            x = approximation.movedim(0, 2).contiguous()
-            for level, detail in zip(levels, details, strict=True):
-                rows, columns, factor = level.taps()
-                x = native.merge(rows, columns, factor, x, detail.movedim(0, 3).contiguous())
-            return x.movedim(2, 0)
+        if native.serves(approximation):
+            return native.merge(levels.taps, approximation, details)
         x = approximation.movedim(0, 1).contiguous()
-        for level, detail in zip(levels, details, strict=True):
+        for level, detail in zip(levels.levels, details, strict=True):
             x = _merge(level, x, detail.permute(2, 1, 0, 3).contiguous())
         return x.movedim(0, 1).contiguous()
 
@@ -285,20 +300,16 @@ class _Merge(torch.autograd.Function):
 
 
 class _Split(torch.autograd.Function):
-    """A plane to (approximation, *details) by ``levels`` (coarse to fine)."""
+    """A plane to (approximation, *details) by ``levels``."""
 
     @staticmethod
     def forward(ctx, levels, adjoint, plane):
         ctx.levels = adjoint, levels
         if native.serves(plane):
-            x, details = plane.movedim(0, 2).contiguous(), []
-            for level in reversed(levels):
-                rows, columns, factor = level.taps()
-                x, detail = native.split(rows, columns, factor, x)
-                details.append(detail.movedim(3, 0))
-            return x.movedim(2, 0), *reversed(details)
+            approximation, details = native.split(levels.taps, plane)
+            return approximation, *details
         x, details = plane.movedim(0, 1).contiguous(), []
-        for level in reversed(levels):
+        for level in reversed(levels.levels):
             x, detail = _split(level, x)
             details.append(detail.permute(2, 1, 0, 3).contiguous())
         return x.movedim(0, 1).contiguous(), *reversed(details)
@@ -351,8 +362,8 @@ def _levels(
     direction: Literal["synthesis", "analysis"],
     dtype: torch.dtype,
     device: torch.device,
-) -> tuple[tuple[_Level, ...], tuple[_Level, ...]]:
-    """The levels of one direction for planes of ``size``, coarse to fine, and of its adjoint."""
+) -> tuple[_Levels, _Levels]:
+    """The levels of one direction for planes of ``size``, and those of its adjoint."""
     levels: list[_Level] = []
     adjoint: list[_Level] = []
     for level, half_size in enumerate(transform.band_sizes(size)[1:], start=1):
@@ -368,7 +379,7 @@ def _levels(
                 (_Matrix(low, dtype, device), _Matrix(high, dtype, device)) for low, high in pairs
             )
             side.append(_Level(rows, columns, factor))
-    return tuple(levels), tuple(adjoint)
+    return _Levels(tuple(levels)), _Levels(tuple(adjoint))
 
 
 def _matrices(wavelet: str, direction: str, n: int, samples: int) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ import pywt
 import torch
 
 from masked_wavelet_nerf import native, native_kernels
-from masked_wavelet_nerf.masking import masked_quantise
+from masked_wavelet_nerf.field import frequency_encoding
 from masked_wavelet_nerf.planes import _NATIVE_AXES, FactorisedGrid, SpatialGrid
 from masked_wavelet_nerf.sampling import OccupancyGrid
 from masked_wavelet_nerf.wavelet import WaveletTransform, make_transform
@@ -256,17 +256,21 @@ def test_kernels_stay_within_their_arrays(resolution, num_channels):
         assert (out[:3] == 7).all() and (out[-2:] == 7).all()
         assert np.isfinite(out[3 : n - 2][good[3 : n - 2]]).all()
 
-        for columns in (width, 0):
-            gradient, _ = guarded(np.ones((n, columns or 1), np.float32), np.nan)
-            plane_out, plane_whole = guarded(np.zeros_like(plane_in), 7)
-            line_out, line_whole = guarded(np.zeros_like(line_in), 7)
-            rest = gradient, columns, 1 if columns else 0, plane_out, line_out
-            native_kernels.features_backward(*arguments, *rest, 0, n)
+        chosen = np.ascontiguousarray(points[good])
+        for columns in (width, 1):
+            gradient = np.ones((n, columns), np.float32)
+            plane_out, plane_whole = guarded(np.full_like(plane_in, np.nan), 7)
+            line_out, line_whole = guarded(np.full_like(line_in, np.nan), 7)
+            for block in ((0, num_channels // 2), (num_channels // 2, num_channels)):
+                for some in (points, chosen):  # the second call starts from zero again
+                    rest = gradient[: len(some)], int(columns > 1), block, plane_out, line_out
+                    native_kernels.features_backward(some, *arguments[1:], *rest)
+                others = [c for c in range(num_channels) if not block[0] <= c < block[1]]
+                if block[0] == 0:
+                    assert np.isnan(plane_out.reshape(-1, num_channels)[:, others]).all()
+                    assert np.isnan(line_out.reshape(-1, num_channels)[:, others]).all()
             assert_guards(plane_whole, 7)
             assert_guards(line_whole, 7)
-            plane_out[:] = line_out[:] = 0
-            chosen = np.ascontiguousarray(points[good])
-            native_kernels.features_backward(chosen, *arguments[1:], *rest, 0, len(chosen))
             assert np.isfinite(plane_out).all() and np.isfinite(line_out).all()
             assert np.abs(plane_out).max() > 0 and np.abs(line_out).max() > 0
 
@@ -306,7 +310,7 @@ def test_banded_product_stays_within_its_arrays(num_channels):
     out, whole = guarded(np.full((2, 9, num_channels), 7, np.float32), 7)
     rows = 2 * 9
     rest = np.float32(1), out, 9, num_channels, False
-    native_kernels.banded_product(source, 7, native.taps(matrix), *rest, 1, rows - 2)
+    native_kernels.banded_product(source, 7, native._taps(matrix), *rest, 1, rows - 2)
     assert_guards(whole, 7)
     table = out.reshape(rows, num_channels)
     assert (table[0] == 7).all() and (table[-2:] == 7).all()
@@ -334,21 +338,35 @@ def test_features_of_any_number_of_threads(summed, num_points):
             assert torch.equal(a, c)  # whichever thread comes first
 
 
+def occupied_places(origins, directions, first, fars, step, num_steps, cells):
+    """Which of the (R, S) places are sampled; the samples themselves are checked on the way."""
+    rays = origins, directions, first, fars
+    ray, middles, points = native.occupied_samples(*rays, step, num_steps, cells)
+    assert (ray.diff() >= 0).all() and (middles.diff()[ray.diff() == 0] > 0).all()
+    torch.testing.assert_close(points, origins[ray] + directions[ray] * middles[:, None])
+    places = torch.zeros(len(origins), num_steps, dtype=torch.bool)
+    places[ray, ((middles - first[ray, 0]) / step).round().long()] = True
+    assert places.sum() == len(ray)
+    return places
+
+
 def test_other_loops_of_any_number_of_threads():
-    plane = torch.randn(3, 37, 50)
-    values, logits = torch.randn(2, 5, 3, 17, 9)
+    grid = FactorisedGrid(20, (19, 37, 50), WaveletTransform("bior4.4", 3))
+    for logits in (logits for member in grid.grids for logits in member.logits):
+        torch.nn.init.normal_(logits)
+    appearance, directions = torch.randn(41, 5), torch.randn(41, 3)
     rays = (torch.randn(23, 3), torch.randn(23, 3), torch.rand(23, 1), 3 + torch.rand(23, 1))
     cells = torch.rand(4, 5, 7) < 0.5
-    transform = WaveletTransform("bior4.4", 3)
 
     def results():
-        bands = transform.forward(plane)
-        v, m = (t.clone().requires_grad_() for t in (values, logits))
-        shown, kept = masked_quantise(v, m, 6)
-        shown.square().sum().backward()
-        places = native.occupied_places(*rays, 0.1, 50, cells)
-        back = transform.inverse(bands, (37, 50))
-        return [*bands.details, bands.approximation, back, shown, kept, v.grad, m.grad, places]
+        spatial, kept = grid()
+        shown = [*spatial.planes, *spatial.lines]
+        loss = sum(t.square().sum() for t in shown)
+        gradients = torch.autograd.grad(loss, list(grid.parameters()))
+        samples = native.occupied_samples(*rays, 0.1, 50, cells)
+        encoded = native.encode(appearance, directions, 3)
+        of_encoded = native.encode_backward(torch.ones_like(encoded), encoded, 5, 3, 3)
+        return [*shown, *kept, *gradients, *samples, encoded, of_encoded]
 
     expected = results()
     for num_threads in (2, 3, 29):
@@ -357,8 +375,9 @@ def test_other_loops_of_any_number_of_threads():
             assert torch.equal(a, b)
     for num_threads in (2, 3):
         torch.set_num_threads(num_threads)
-        nothing = native.occupied_places(*(t[:0] for t in rays), 0.1, 50, cells)
-        assert nothing.shape == (0, 50)
+        ray, middles, points = native.occupied_samples(*(t[:0] for t in rays), 0.1, 50, cells)
+        assert len(ray) == len(middles) == 0 and points.shape == (0, 3)
+        assert native.encode(appearance[:0], directions[:0], 2).shape == (0, 40)
 
 
 def test_parts_cover_everything_once():
@@ -398,7 +417,7 @@ def banded(rows: int, columns: int, width: int, *, seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize(("rows", "columns"), [(22, 40), (40, 22), (21, 21)])
 def test_taps_are_the_matrix(rows, columns, width):
     matrix = banded(rows, columns, width)
-    index, value = native.taps(matrix)
+    index, value = native._taps(matrix)
     assert index.shape == value.shape and index.shape[1] % 5 == 0
     assert index.min() >= 0 and index.max() < columns
     dense = np.zeros((rows, columns))
@@ -413,7 +432,7 @@ def test_taps_are_the_matrix(rows, columns, width):
 @pytest.mark.parametrize(("rows", "columns"), [(22, 40), (40, 22)])
 def test_banded_product_equals_a_dense_one(rows, columns, width, inner, batch):
     matrix = banded(rows, columns, width)
-    taps = native.taps(matrix)
+    taps = native._taps(matrix)
     before = [part.copy() for part in taps]
     source = np.random.default_rng(1).standard_normal((batch, columns, inner)).astype(np.float32)
     dense = np.einsum("ij,bjk->bik", matrix, source.astype(np.float64))
@@ -490,34 +509,110 @@ def test_transforms_and_gradients_equal_plain_torch(size, wavelet, direction):
         assert torch.equal(a, c)
 
 
-# --- masks and quantiser
+# --- masks, quantiser and transform together
 
 
 @pytest.mark.parametrize("bits", [2, 8, 16])
-@pytest.mark.parametrize("shape", [(3, 1, 7), (5, 3, 8, 6), (2, 1, 1, 1), (1, 3, 5, 5)])
-def test_masked_quantise_equals_plain_torch(shape, bits):
-    """To the last bit: the codec's integers depend on it."""
-    values, logits = torch.randn(2, *shape)
-    logits.view(-1)[0] = 0.25  # on the threshold
-    values.view(-1)[-1] = 0
+@pytest.mark.parametrize("transform", ["identity", "wavelet"])
+def test_grids_equal_plain_torch(transform, bits):
+    """Without a transform to the last bit: the codec's integers depend on it."""
+    made = make_transform(transform, num_levels=2)
+    grid = FactorisedGrid(3, (7, 10, 13), made, bits=bits)
+    num_levels = made.num_levels
+    upstream = [torch.randn(t.shape) for kind in grid()[0] for t in kind]
+    for member in grid.grids:
+        for values, logits in zip(member.coefficients, member.logits, strict=True):
+            torch.nn.init.normal_(logits)
+            logits.data[(0,) * logits.ndim] = 0.25  # on the threshold
+            values.data[(-1,) * values.ndim] = 0
 
-    def results(some_values, some_logits, threshold):
-        v, m = (t.detach().requires_grad_() for t in (some_values, some_logits))
-        shown, kept = masked_quantise(v, m, bits, threshold)
-        gradient = torch.linspace(-1, 1, shown.numel()).view(shape)
-        return [shown, kept, *torch.autograd.grad(shown, (v, m), gradient)]
+    def results(threshold):
+        spatial, kept = grid(None, threshold)
+        shown = [*spatial.planes, *spatial.lines]
+        return shown, kept, torch.autograd.grad(shown, list(grid.parameters()), upstream)
 
     for threshold in (0.0, 0.25, -100.0, 100.0):
-        for some in (values, 1e-30 * values, torch.zeros(shape)):
-            found = results(some, logits, threshold)
-            mixed = results(channels_innermost(some), logits, threshold)
+        for scale in (1.0, 1e-30, 0.0):
+            with torch.no_grad():
+                for member in grid.grids:
+                    for values in member.coefficients:
+                        values *= scale
+            shown, kept, gradients = results(threshold)
             with native.disabled():
-                expected = results(some, logits, threshold)
-            assert expected[1].view(-1)[0] == (threshold <= 0.25)
-            for a, b, c in zip(found, expected, mixed, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
-                assert torch.equal(a, c)
-            assert torch.equal(found[0], expected[0])
+                expected, expected_kept, expected_gradients = results(threshold)
+            for a, b in zip(shown, expected, strict=True):
+                if num_levels == 0 or a.ndim == 2:
+                    assert torch.equal(a, b)
+                else:
+                    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * float(b.abs().max()))
+            for a, b in zip(kept, expected_kept, strict=True):
+                assert a.dtype == torch.int64 and torch.equal(a, b)
+            for a, b in zip(gradients, expected_gradients, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
+        with torch.no_grad():
+            for member in grid.grids:
+                for values in member.coefficients:
+                    values.copy_(torch.randn_like(values))
+
+
+def test_only_what_the_loops_can_do_goes_through_them(monkeypatch):
+    calls = []
+    original = native.masked_spatial
+    monkeypatch.setattr(native, "masked_spatial", lambda *a: calls.append(a) or original(*a))
+    wavelet = make_transform("wavelet", num_levels=2)
+    size = (7, 10, 13)
+    FactorisedGrid(2, size, wavelet)()
+    FactorisedGrid(2, size, wavelet)(2)
+    assert len(calls) == 2
+    FactorisedGrid(2, size, wavelet)(1)  # fewer levels
+    FactorisedGrid(2, size, wavelet, bits=None)()
+    FactorisedGrid(2, size, wavelet, masked=False)()
+    FactorisedGrid(2, size, make_transform("dct"))()
+    FactorisedGrid(2, size, wavelet).double()()
+    with native.disabled():
+        FactorisedGrid(2, size, wavelet)()
+    assert len(calls) == 2
+
+
+def test_slope_of_the_sigmoid():
+    logits = np.concatenate((np.linspace(-90, 90, 10007), [0, np.inf, -np.inf, 1e30, -1e30]))
+    out = np.empty(len(logits), np.float32)
+    native_kernels._sigmoid_slope(logits.astype(np.float32), out)
+    e = np.exp(-np.abs(logits.astype(np.float32).astype(np.float64)))
+    np.testing.assert_allclose(out, e / (1 + e) ** 2, rtol=1e-5, atol=1e-37)
+
+
+# --- inputs of the colour network
+
+
+def test_sines_and_cosines():
+    angles = np.concatenate((np.linspace(-10000, 10000, 200001), np.arange(-40, 41) * np.pi / 4))
+    angles = angles.astype(np.float32)
+    sines, cosines = np.empty_like(angles), np.empty_like(angles)
+    native_kernels._sine_and_cosine(angles, 0, len(angles), sines, cosines)
+    np.testing.assert_allclose(sines, np.sin(angles.astype(np.float64)), rtol=0, atol=3e-7)
+    np.testing.assert_allclose(cosines, np.cos(angles.astype(np.float64)), rtol=0, atol=3e-7)
+
+
+@pytest.mark.parametrize("num_frequencies", [0, 1, 2, 6])
+@pytest.mark.parametrize("num_features", [1, 4, 27])
+def test_encoding_equals_plain_torch(num_features, num_frequencies):
+    appearance = 3 * torch.randn(50, num_features)
+    directions = torch.nn.functional.normalize(torch.randn(50, 3), dim=-1)
+    encoded = native.encode(appearance, directions, num_frequencies)
+    leaf = appearance.double().requires_grad_()
+    parts = [leaf, directions.double()]
+    parts += [frequency_encoding(part, num_frequencies) for part in parts]
+    expected = torch.cat(parts, dim=-1)
+    used = expected.shape[1]
+    assert encoded.shape[1] % 8 == 0 and encoded.shape[1] - used < 8
+    assert (encoded[:, used:] == 0).all()
+    tolerance = 3e-7 * 2**num_frequencies
+    torch.testing.assert_close(encoded[:, :used], expected.float(), rtol=1e-6, atol=tolerance)
+    gradient = torch.randn(encoded.shape)
+    found = native.encode_backward(gradient, encoded, num_features, 3, num_frequencies)
+    (of_leaf,) = torch.autograd.grad(expected, leaf, gradient[:, :used].double())
+    torch.testing.assert_close(found, of_leaf.float(), rtol=1e-4, atol=40 * tolerance)
 
 
 # --- marching
@@ -531,7 +626,7 @@ def test_occupied_places_equal_the_grid(size, fraction):
     origins, directions = 2 * torch.randn(200, 3), torch.randn(200, 3)
     directions[:20, 1] = 0
     first, fars = torch.rand(200, 1), 3 * torch.rand(200, 1)
-    found = native.occupied_places(origins, directions, first, fars, 0.05, 70, grid.cells)
+    found = occupied_places(origins, directions, first, fars, 0.05, 70, grid.cells)
     middles = first + torch.arange(70) * 0.05
     points = origins[:, None] + directions[:, None] * middles[..., None]
     expected = grid(points) & (middles < fars)
@@ -551,7 +646,7 @@ def test_occupied_places_at_nodes_and_borders():
             origins[:, axis] = -2
             directions[:, axis] = 1
             first, fars = torch.zeros(64, 1), torch.full((64, 1), 8.0)
-            found = native.occupied_places(origins, directions, first, fars, 1 / 16, 70, grid.cells)
+            found = occupied_places(origins, directions, first, fars, 1 / 16, 70, grid.cells)
             middles = torch.arange(70) / 16
             points = origins[:, None] + directions[:, None] * middles[:, None]
             if size == (5, 9, 3):  # (n - 1) / 2 is exact
@@ -566,6 +661,15 @@ from masked_wavelet_nerf import native
 from masked_wavelet_nerf.sampling import OccupancyGrid
 
 assert native.is_enabled()
+
+def occupied_places(origins, directions, first, fars, step, num_steps, cells):
+    rays = origins, directions, first, fars
+    ray, middles, points = native.occupied_samples(*rays, step, num_steps, cells)
+    places = torch.zeros(len(origins), num_steps, dtype=torch.bool)
+    places[ray, ((middles - first[ray, 0]) / step).round().long()] = True
+    assert torch.equal(points, torch.addcmul(origins[ray], directions[ray], middles[:, None]))
+    return places
+
 inf = float("inf")
 wild = [0.25, 1e10, -1e10, 2.0**31, 2.0**32, 2.0**63, 1e30, -1e30, 3.4e38, inf, -inf]
 wild.append(float("nan"))
@@ -576,7 +680,7 @@ for size in ((4, 5, 7), (1, 1, 1)):
     grid.cells = torch.ones(size, dtype=torch.bool)
     for origins, directions in ((values, still), (still, values)):
         first = torch.full((len(values), 1), 0.5)
-        found = native.occupied_places(origins, directions, first, first + 9, 0.125, 4, grid.cells)
+        found = occupied_places(origins, directions, first, first + 9, 0.125, 4, grid.cells)
         middles = first + torch.arange(4) * 0.125
         expected = grid(origins[:, None] + directions[:, None] * middles[..., None])
         if size != (1, 1, 1):  # there torch calls everything finite inside
@@ -584,7 +688,7 @@ for size in ((4, 5, 7), (1, 1, 1)):
     rays = torch.zeros(12, 3), torch.ones(12, 3)
     odd = torch.tensor(wild)[:, None]
     for first, fars in ((odd, odd.flip(0)), (odd, torch.full_like(odd, inf)), (0 * odd, odd)):
-        found = native.occupied_places(*rays, first, fars, 0.125, 4, grid.cells)
+        found = occupied_places(*rays, first, fars, 0.125, 4, grid.cells)
         assert not found[~(first < fars)[:, 0]].any()
 """
 
@@ -683,12 +787,11 @@ from masked_wavelet_nerf import native
 torch.set_num_threads(2)
 rays = torch.zeros(9, 3), torch.ones(9, 3), torch.zeros(9, 1), torch.ones(9, 1)
 cells = torch.ones(2, 2, 2, dtype=torch.bool)
-before = native.occupied_places(*rays, 0.5, 2, cells)
-assert before.all()
+assert len(native.occupied_samples(*rays, 0.5, 2, cells)[0]) == 18
 process = os.fork()
 if process == 0:
     signal.alarm(5)
-    os._exit(int(not native.occupied_places(*rays, 0.5, 2, cells).all()))
+    os._exit(int(len(native.occupied_samples(*rays, 0.5, 2, cells)[0]) != 18))
 assert os.waitpid(process, 0)[1] == 0
 """
 MEMORY = """

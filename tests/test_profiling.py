@@ -40,7 +40,7 @@ def test_parts_add_up_to_step_and_frame(measurement):
     assert {part.name for part in measurement.step.parts} == {*tracing.PARTS, tracing.REST}
     in_frame = {part.name for part in measurement.frame.parts}
     assert {tracing.MARCHING, tracing.DENSITY, tracing.NETWORKS, tracing.DATA} <= in_frame
-    assert not in_frame & {tracing.MASKS, tracing.TRANSFORM, tracing.OPTIMISER}  # planes are kept
+    assert not in_frame & {tracing.TRANSFORM, tracing.OPTIMISER}  # planes are kept
 
 
 def test_counts_and_memory_are_plausible(measurement):
@@ -100,7 +100,7 @@ def test_shares_are_scaled_and_the_rest_makes_up_the_sum():
 @pytest.mark.parametrize(
     ("node", "part"),
     [
-        ("_MaskedQuantiseBackward", tracing.MASKS),
+        ("_MaskedQuantiseBackward", tracing.TRANSFORM),
         ("_MergeBackward", tracing.TRANSFORM),
         ("_NativeFeaturesBackward", tracing.DENSITY),
         ("GridSampler2DBackward0", tracing.DENSITY),
@@ -232,8 +232,7 @@ COUNTS = Counts(
 
 def test_work_of_a_step_by_hand():
     found = floors.work(COUNTS, training=True)
-    assert found[tracing.MASKS] == (32_000, 18_000)
-    assert found[tracing.TRANSFORM] == (2 * 4 * (1000 + 1000), 14_000)
+    assert found[tracing.TRANSFORM] == (24 * 1000 + 8 * 1000, 18_000 + 14_000)
     assert found[tracing.MARCHING] == (64 + 20 + 240, 240)
     # 10 samples read 6 · 3 values each, of which there are 180 at most; the gradient is 300 values.
     assert found[tracing.DENSITY] == (2 * (4 * 180 + 120 + 40) + 4 * 300, (12 + 26) * 30)
@@ -249,7 +248,7 @@ def test_work_of_a_frame_by_hand():
     assert found[tracing.DENSITY] == (4 * 180 + 120 + 40, 12 * 30)
     assert found[tracing.NETWORKS] == (4 * (50 + 5 * 12), 2 * 50 * 5)
     assert found[tracing.RENDERING] == (20 * 15 + 48, 100 + 40)
-    assert not set(found) & {tracing.MASKS, tracing.TRANSFORM, tracing.OPTIMISER}
+    assert not set(found) & {tracing.TRANSFORM, tracing.OPTIMISER}
 
 
 def test_counts_of_a_model(tiny_config, start):
