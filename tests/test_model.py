@@ -347,8 +347,25 @@ def test_a_step_draws_the_same_whatever_came_before(tiny_config, start):
     assert not torch.equal(first["indices"], other["indices"])
 
 
+def test_rays_made_ahead_are_those_of_their_pixels(tiny_config, start):
+    """Also after the number of rays changed in between."""
+    manager = start(tiny_config()).pipeline.datamanager
+    cameras = manager.train_dataset.cameras
+    for step in range(11):
+        if step == 3:
+            manager.train_pixel_sampler.set_num_rays_per_batch(17)
+        rays, batch = manager.next_train(step)
+        assert len(rays) == len(batch["indices"]) == (96 if step < 3 else 17)
+        image, y, x = batch["indices"][5].tolist()
+        expected = cameras.generate_rays(image, coords=torch.tensor([[y + 0.5, x + 0.5]]))
+        torch.testing.assert_close(rays.directions[5], expected.directions[0])
+        torch.testing.assert_close(rays.origins[5], expected.origins[0])
+    assert manager.train_count == 11
+
+
 def test_only_useful_pixels_are_drawn_once_restricted(tiny_config, start):
     manager = start(tiny_config()).pipeline.datamanager
+    manager.next_train(0)  # makes step 1's rays, which are of no use any more
 
     def upper_half(rays: RayBundle) -> torch.Tensor:
         useful = torch.zeros(rays.shape, dtype=torch.bool)
@@ -356,7 +373,7 @@ def test_only_useful_pixels_are_drawn_once_restricted(tiny_config, start):
         return useful
 
     assert manager.restrict_pixels(upper_half) == pytest.approx(0.5)
-    _, batch = manager.next_train(0)
+    _, batch = manager.next_train(1)
     assert (batch["indices"][:, 1] < 12).all()
     assert len(set(batch["indices"][:, 0].tolist())) > 1
     # Pixels and rays still belong together.
