@@ -403,7 +403,8 @@ def scaled_parts(
     """
     scale = seconds / max(profiled_seconds, sum(profiled.values()), 1e-12)
     parts = {name: scale * value for name, value in profiled.items()}
-    return {**parts, tracing.REST: seconds - sum(parts.values())}
+    # Where the profiled parts make up everything, rounding may leave less than nothing.
+    return {**parts, tracing.REST: max(0.0, seconds - sum(parts.values()))}
 
 
 # --- memory and threads ---------------------------------------------------------------------------

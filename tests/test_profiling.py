@@ -92,6 +92,11 @@ def test_shares_are_scaled_and_the_rest_makes_up_the_sum():
     # Kernels that overlap may add up to more than the step: nothing becomes negative.
     parts = profiling.scaled_parts({"a": 3.0, "b": 1.0}, seconds=2.0, profiled_seconds=2.0)
     assert parts == {"a": 1.5, "b": 0.5, tracing.REST: 0.0}
+    thirds = {str(i): 0.1 + i / 3 for i in range(12)}
+    for seconds in (0.1, 0.2, 0.3, 0.7):
+        parts = profiling.scaled_parts(thirds, seconds, profiled_seconds=1.0)
+        assert 0 <= parts[tracing.REST] < 1e-12
+        assert sum(parts.values()) == pytest.approx(seconds)
 
 
 # --- attribution ----------------------------------------------------------------------------------
