@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -55,6 +56,25 @@ class PooledPixelSampler(PixelSampler):
         return torch.stack((row // image_height, row % image_height, flat % image_width), dim=-1)
 
 
+class _RandomState(NamedTuple):
+    """State of Python's and torch's random numbers; that of a CUDA device where there is one."""
+
+    python: tuple
+    host: Tensor
+    device: Tensor | None
+
+    @classmethod
+    def now(cls, device: torch.device) -> _RandomState:
+        on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return cls(random.getstate(), torch.get_rng_state(), on_device)
+
+    def restore(self, device: torch.device) -> None:
+        random.setstate(self.python)
+        torch.set_rng_state(self.host)
+        if self.device is not None:
+            torch.cuda.set_rng_state(self.device, device)
+
+
 @dataclass
 class WaveletDataManagerConfig(VanillaDataManagerConfig):
     """nerfstudio's data manager; every step draws from a random state of its own."""
@@ -77,7 +97,7 @@ class WaveletDataManager(VanillaDataManager[InputDataset]):
 
     def __init__(self, config: WaveletDataManagerConfig, *args, **kwargs) -> None:
         self._seed = torch.initial_seed()
-        self._prepared: dict[int, tuple[RayBundle, dict]] = {}
+        self._prepared: dict[int, tuple[RayBundle, dict, _RandomState]] = {}
         super().__init__(config, *args, **kwargs)
 
     def next_train(self, step: int) -> tuple[RayBundle, dict]:
@@ -85,30 +105,31 @@ class WaveletDataManager(VanillaDataManager[InputDataset]):
         found = self._prepared.pop(step, None)
         if found is None or len(found[0]) != self.get_train_rays_per_batch():
             found = self._prepare(step)
+        rays, batch, state = found
+        state.restore(torch.device(self.device))
         self.train_count += 1
-        self._seed_step(2 * step)
-        return found
+        return rays, batch
 
-    def _prepare(self, step: int) -> tuple[RayBundle, dict]:
-        """Makes the rays and pixels of some steps, and returns those of the first."""
-        batches = []
+    def _prepare(self, step: int) -> tuple[RayBundle, dict, _RandomState]:
+        """Makes the rays and pixels of some steps, and returns those of the first.
+
+        With them comes the random state in which drawing the pixels left the step.
+        """
+        drawn = []
         for ahead in range(_STEPS_AT_ONCE):
-            self._seed_step(2 * (step + ahead) + 1)
+            seed = (self._seed * 1_000_003 + step + ahead) % (1 << 63)
+            torch.manual_seed(seed)
+            random.seed(seed)
             images = next(self.iter_train_image_dataloader)
             assert isinstance(images, dict) and self.train_pixel_sampler is not None
             batch = self.train_pixel_sampler.sample(images)
-            batches.append(batch)
-        rays = self.train_ray_generator(torch.cat([batch["indices"] for batch in batches]))
+            drawn.append((batch, _RandomState.now(torch.device(self.device))))
+        rays = self.train_ray_generator(torch.cat([batch["indices"] for batch, _ in drawn]))
         stop = 0
-        for ahead, batch in enumerate(batches):
+        for ahead, (batch, state) in enumerate(drawn):
             start, stop = stop, stop + len(batch["indices"])
-            self._prepared[step + ahead] = rays[start:stop], batch
+            self._prepared[step + ahead] = rays[start:stop], batch, state
         return self._prepared.pop(step)
-
-    def _seed_step(self, draw: int) -> None:
-        seed = (self._seed * 1_000_003 + draw) % (1 << 63)
-        torch.manual_seed(seed)
-        random.seed(seed)
 
     @torch.no_grad()
     def restrict_pixels(

@@ -39,6 +39,7 @@ _TAPS = 5
 _WORTH_A_THREAD = 1 << 17
 """Numbers to be computed, below which waking a thread takes longer than it saves."""
 _ROW = 8
+"""Rows that go into matrix products are filled up to a multiple of this."""
 _CHANNELS_PER_LINE = 16
 """float32 numbers in a cache line: two threads that write to one wait for each other."""
 

@@ -187,8 +187,18 @@ def banded_product(source, num_in, taps, factor, out, num_out, width, add, start
 
 
 @_jit
-def _taps(levels, level, matrix):
-    """(columns, values) of one of a level's four matrices: row low, high, column low, high."""
+def _taps(levels, level):
+    """(columns, values) of a level's four matrices: rows low, high, columns low, high."""
+    return (
+        _taps_of(levels, level, 0),
+        _taps_of(levels, level, 1),
+        _taps_of(levels, level, 2),
+        _taps_of(levels, level, 3),
+    )
+
+
+@_jit
+def _taps_of(levels, level, matrix):
     offset, num_rows, _, width = levels.table[level, matrix]
     stop = offset + num_rows * width
     columns = levels.columns[offset:stop].reshape(num_rows, width)
@@ -205,8 +215,7 @@ def merge_levels(bands, levels, channels):
     for level in range(num_levels):
         _, H, h, _ = levels.table[level, 0]
         _, W, w, _ = levels.table[level, 2]
-        row_low, row_high = _taps(levels, level, 0), _taps(levels, level, 1)
-        column_low, column_high = _taps(levels, level, 2), _taps(levels, level, 3)
+        row_low, row_high, column_low, column_high = _taps(levels, level)
         factor, width = levels.factors[level], w * channels
         band = h * width
         a, b, c = bands[start:], bands[start + band :], bands[start + 2 * band :]
@@ -236,8 +245,7 @@ def split_levels(plane, levels, channels):
     for level in range(num_levels - 1, -1, -1):
         _, h, H, _ = levels.table[level, 0]
         _, w, W, _ = levels.table[level, 2]
-        row_low, row_high = _taps(levels, level, 0), _taps(levels, level, 1)
-        column_low, column_high = _taps(levels, level, 2), _taps(levels, level, 3)
+        row_low, row_high, column_low, column_high = _taps(levels, level)
         factor, width = levels.factors[level], w * channels
         band = h * width
         low, high = np.empty(H * width, _f32), np.empty(H * width, _f32)
@@ -475,6 +483,12 @@ def occupied_places(origins, directions, first, fars, step, cells, valid, counts
                 counts[r] += occupied
 
 
+@_jit
+def _along(origin, direction, distance):
+    # With one rounding, as torch.addcmul.
+    return origin + direction * distance
+
+
 @_jit_exact
 def pack_places(
     origins, directions, first, step, valid, offsets, ray, middles, points, start, stop
@@ -494,7 +508,9 @@ def pack_places(
             if valid[r, s]:
                 t = first[r] + _f32(s) * step
                 ray[i], middles[i] = r, t
-                points[i, 0], points[i, 1], points[i, 2] = ox + dx * t, oy + dy * t, oz + dz * t
+                points[i, 0] = _along(ox, dx, t)
+                points[i, 1] = _along(oy, dy, t)
+                points[i, 2] = _along(oz, dz, t)
                 i += 1
                 if i == offsets[r + 1]:
                     break

@@ -64,7 +64,7 @@ def test_schedule_grows_shrinks_and_finds_empty_space(tiny_config, train):
     # 20³ voxels over a box of any shape, give or take rounding.
     assert math.prod(model.field.resolution) == pytest.approx(20**3, rel=0.1)
     assert 0 < model.occupancy.cells.float().mean() < 1
-    assert (model.aabb[1] - model.aabb[0]).prod() <= 27
+    assert (model.aabb[1] - model.aabb[0]).prod() < 27
     assert min(list(losses.values())[-4:]) < losses[0]
 
 
@@ -225,7 +225,7 @@ def test_render_threshold_changes_little(tiny_config, train, monkeypatch):
     everything, all_of_them = pictures[0.0]
     assert psnr(pictures[1e-3][0], everything) > 50
     assert psnr(pictures[0.02][0], everything) > 35
-    assert pictures[0.02][1] < 0.9 * all_of_them
+    assert pictures[0.02][1] < 0.8 * all_of_them
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1e-3, 0.03])
