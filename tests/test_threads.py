@@ -86,7 +86,10 @@ def test_an_error_is_raised_once_all_have_stopped(num_threads):
 
 def test_denormals_are_flushed_on_every_thread():
     torch.set_num_threads(2)
+    # A training in another test has left it on, and then the number itself would become zero.
+    threads.on_every_thread(lambda: torch.set_flush_denormal(False), 2)
     tiny = torch.full((1,), 1e-40)
+    assert float(tiny * 1.0) > 0
     together = threading.Barrier(2, timeout=20)
 
     def product() -> float:
