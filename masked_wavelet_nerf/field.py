@@ -52,12 +52,14 @@ class FieldConfig:
 
 
 class SpatialField(NamedTuple):
-    """Both grids in the spatial domain, and the kept counts behind them."""
+    """Both grids in the spatial domain, and what was counted on the way."""
 
     density: SpatialGrid
     appearance: SpatialGrid
     kept: list[Int[Tensor, " _"]]
     """Kept coefficients per level of each grid, in the order of :meth:`WaveletPlaneField.grids`."""
+    logit_sum: Float[Tensor, ""] | None
+    """Σ of all logits, where it costs nothing."""
 
 
 class WaveletPlaneField(nn.Module):
@@ -134,9 +136,10 @@ class WaveletPlaneField(nn.Module):
 
     def to_spatial(self, num_levels: int | None = None, threshold: float = 0.0) -> SpatialField:
         """Quantise → mask → inverse transform of every grid: once per step, not per chunk."""
-        both = to_spatial((self.density_grid, self.appearance_grid), num_levels, threshold)
+        grids = self.density_grid, self.appearance_grid
+        both, logit_sum = to_spatial(grids, num_levels, threshold)
         (density, density_kept), (appearance, appearance_kept) = both
-        return SpatialField(density, appearance, density_kept + appearance_kept)
+        return SpatialField(density, appearance, density_kept + appearance_kept, logit_sum)
 
     def density(self, spatial: SpatialField, points: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
         """Density σ ≥ 0 at points in [-1, 1]³ (per unit of scaled length)."""

@@ -450,7 +450,9 @@ class MaskedWaveletModel(Model):
             return losses
         spatial = self._spatial_of_step
         if config.masks and config.mask_weight > 0:
-            penalty = mask_penalty(self._grid_parameters("logits"), config.mask_penalty)
+            penalty = spatial.logit_sum if config.mask_penalty == "sum" else None
+            if penalty is None:
+                penalty = mask_penalty(self._grid_parameters("logits"), config.mask_penalty)
             losses["mask_loss"] = config.mask_weight * penalty
         l1_weight = config.l1_weight if self.occupancy.is_known else config.l1_weight_initial
         if l1_weight > 0:

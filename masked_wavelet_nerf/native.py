@@ -50,13 +50,18 @@ class Levels(NamedTuple):
     """All levels of a transform, coarse to fine, as rows of taps.
 
     A level has four banded matrices (rows low, high, columns low, high); output i of a matrix is
-    Σ_t values[i, t] · input[columns[i, t]].
+    Σ_t values[i, t] · input[columns[i, t]]. Along columns, the plane has its even entries first,
+    then the odd ones: a row's taps are then those of the row before, moved on by one, but for the
+    ends.
     """
 
     table: np.ndarray
-    """(L, 4, 4): where a matrix starts in the two arrays below, its rows, columns, taps per row."""
+    """(L, 4, 6): where a matrix starts in the next two arrays, its rows, columns, taps per row, and
+    where its runs start and stop."""
     columns: np.ndarray
     values: np.ndarray
+    runs: np.ndarray
+    """(first, count) of rows that are each the row before, moved on by a column."""
     factors: np.ndarray
     """(L,): of the details."""
 
@@ -214,19 +219,46 @@ def _blocks(num_channels: int) -> list[tuple[int, int]]:
 # --- transform, masks and quantiser ---------------------------------------------------------------
 
 
-def levels(matrices: Sequence[Sequence[np.ndarray]], factors: Sequence[float]) -> Levels:
-    """The levels of a transform from their dense matrices, four for each level."""
-    table = np.zeros((len(matrices), 4, 4), np.int64)
+def levels(
+    matrices: Sequence[Sequence[np.ndarray]], factors: Sequence[float], merges: bool
+) -> Levels:
+    """The levels of a transform from their dense matrices, four for each level.
+
+    Args:
+        matrices: see :class:`Levels`.
+        factors: of the details.
+        merges: whether a level makes a plane, not takes one apart.
+    """
+    table = np.zeros((len(matrices), 4, 6), np.int64)
     columns, values, offset = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)], 0
+    runs, num_runs = [np.zeros((0, 2), np.int64)], 0
     for level, four in enumerate(matrices):
-        for which, matrix in enumerate(four):
+        for which, dense in enumerate(four):
+            matrix = _phases_apart(dense, 0 if merges else 1) if which >= 2 else dense
             some_columns, some_values = _taps(matrix)
-            table[level, which] = offset, *matrix.shape, some_values.shape[1]
+            some_runs = _runs(some_columns, some_values)
+            ends = num_runs, num_runs + len(some_runs)
+            table[level, which] = offset, *matrix.shape, some_values.shape[1], *ends
             columns.append(some_columns.reshape(-1))
             values.append(some_values.reshape(-1))
+            runs.append(some_runs)
             offset += some_values.size
-    joined = np.concatenate(columns), np.concatenate(values)
+            num_runs += len(some_runs)
+    joined = np.concatenate(columns), np.concatenate(values), np.concatenate(runs)
     return Levels(table, *joined, np.array(factors, np.float32))
+
+
+def _phases_apart(matrix: np.ndarray, axis: int) -> np.ndarray:
+    """The same with that axis in the order 0, 2, 4, …, 1, 3, 5, …"""
+    n = matrix.shape[axis]
+    return matrix.take([*range(0, n, 2), *range(1, n, 2)], axis=axis)
+
+
+def _runs(columns: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Rows of taps as runs (first, count), in each of which a row is the one before, moved on."""
+    same = (np.diff(columns, axis=0) == 1) & (np.diff(values, axis=0) == 0)
+    starts = np.flatnonzero(np.concatenate(([True], ~same.all(axis=1))))
+    return np.stack((starts, np.diff(starts, append=len(columns))), axis=1)
 
 
 def _taps(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -295,20 +327,21 @@ class Bands(NamedTuple):
 
 def masked_spatial(
     grids: Sequence[Bands], threshold: float
-) -> tuple[list[Float[Tensor, "_ *_"]], list[np.ndarray], list[np.ndarray]]:
+) -> tuple[list[Float[Tensor, "_ *_"]], list[np.ndarray], list[np.ndarray], float]:
     """Quantise → mask → inverse transform of every grid.
 
     Returns:
-        Planes and lines, channels-last; how many coefficients of each level were kept; steps Δ.
+        Planes and lines, channels-last; how many coefficients of each level were kept; steps Δ;
+        and the sum of all logits.
     """
     kernels = _kernels()
     assert kernels is not None
 
-    def work(grid: Bands) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    def work(grid: Bands) -> tuple[Tensor, np.ndarray, np.ndarray, float]:
         channels = grid.values[0].shape[0]
         steps = np.empty(len(grid.values), np.float32)
         counts = np.empty(len(grid.values), np.int64)
-        spatial = kernels.masked_spatial(
+        spatial, logit_sum = kernels.masked_spatial(
             *grid.arrays(),
             np.float32(threshold),
             np.float32(grid.largest),
@@ -318,13 +351,13 @@ def masked_spatial(
             counts,
         )
         shaped = torch.from_numpy(spatial).view(*grid.size, channels)
-        return shaped.movedim(-1, 0), counts, steps
+        return shaped.movedim(-1, 0), counts, steps, logit_sum
 
     done = threads.run(
         [functools.partial(work, grid) for grid in grids], list(map(_num_values, grids))
     )
-    spatial, counts, steps = zip(*done, strict=True)
-    return list(spatial), list(counts), list(steps)
+    spatial, counts, steps, logit_sums = zip(*done, strict=True)
+    return list(spatial), list(counts), list(steps), sum(logit_sums)
 
 
 def masked_spatial_backward(
@@ -332,8 +365,12 @@ def masked_spatial_backward(
     gradients: Sequence[Float[Tensor, "_ *_"]],
     steps: Sequence[np.ndarray],
     threshold: float,
+    of_logit_sum: float,
 ) -> list[Tensor]:
-    """Gradients of values and logits of :func:`masked_spatial`: grid by grid, values first."""
+    """Gradients of values and logits of :func:`masked_spatial`: grid by grid, values first.
+
+    ``gradients`` are those of planes and lines, ``of_logit_sum`` that of the sum of all logits.
+    """
     kernels = _kernels()
     assert kernels is not None
 
@@ -347,6 +384,7 @@ def masked_spatial_backward(
             grid.adjoint,
             gradient.shape[0],
             steps,
+            np.float32(of_logit_sum),
             *(row.numpy() for row in found),
         )
         shapes = [t.movedim(0, -1).shape for t in grid.values]

@@ -152,89 +152,162 @@ def features_backward(
 
 
 @_jit
-def banded_product(source, num_in, taps, factor, out, num_out, width, add, start, stop):
-    """``out[b, i] (+)= factor · Σ_t values[i, t] · source[b, columns[i, t]]``, runs of ``width``.
+def banded_row(source, start, taps, i, factor, out, o, stride, width, add):
+    """``out[o + k] (+)= factor · Σ_t values[i, t] · source[start + columns[i, t] · stride + k]``.
 
-    ``source`` is (batch, num_in, width), ``out`` (batch, num_out, width), both flat; rows
-    ``start … stop - 1`` of batch · num_out are written; ``taps`` = (columns, values). Taps come in
-    fives, which is what bior4.4 has at most for a sample.
+    For k < ``width``; ``taps`` = (columns, values). Taps come in fives, which is what bior4.4 has
+    at most for a sample.
     """
     columns, values = taps
-    m = _u64(width)
-    for r in range(start, stop):
-        batch = r // num_out
-        i = r - batch * num_out
-        o = _u64(r) * m
-        base = _u64(batch * num_in) * m
-        for t in range(0, columns.shape[1], 5):
-            v0, v1, v2 = values[i, t] * factor, values[i, t + 1] * factor, values[i, t + 2] * factor
-            v3, v4 = values[i, t + 3] * factor, values[i, t + 4] * factor
-            a = base + _u64(columns[i, t]) * m
-            b = base + _u64(columns[i, t + 1]) * m
-            c = base + _u64(columns[i, t + 2]) * m
-            d = base + _u64(columns[i, t + 3]) * m
-            e = base + _u64(columns[i, t + 4]) * m
-            if add or t > 0:
-                for k in range(width):
-                    q = _u64(k)
-                    s = v0 * source[a + q] + v1 * source[b + q] + v2 * source[c + q]
-                    out[o + q] += s + v3 * source[d + q] + v4 * source[e + q]
-            else:
-                for k in range(width):
-                    q = _u64(k)
-                    s = v0 * source[a + q] + v1 * source[b + q] + v2 * source[c + q]
-                    out[o + q] = s + v3 * source[d + q] + v4 * source[e + q]
+    m, o, start = _u64(stride), _u64(o), _u64(start)
+    for t in range(0, columns.shape[1], 5):
+        v0, v1, v2 = values[i, t] * factor, values[i, t + 1] * factor, values[i, t + 2] * factor
+        v3, v4 = values[i, t + 3] * factor, values[i, t + 4] * factor
+        a = start + _u64(columns[i, t]) * m
+        b = start + _u64(columns[i, t + 1]) * m
+        c = start + _u64(columns[i, t + 2]) * m
+        d = start + _u64(columns[i, t + 3]) * m
+        e = start + _u64(columns[i, t + 4]) * m
+        if add or t > 0:
+            for k in range(width):
+                q = _u64(k)
+                s = v0 * source[a + q] + v1 * source[b + q] + v2 * source[c + q]
+                out[o + q] += s + v3 * source[d + q] + v4 * source[e + q]
+        else:
+            for k in range(width):
+                q = _u64(k)
+                s = v0 * source[a + q] + v1 * source[b + q] + v2 * source[c + q]
+                out[o + q] = s + v3 * source[d + q] + v4 * source[e + q]
+
+
+@_jit
+def banded_rows(source, taps, runs, out, o, channels, add):
+    """All rows of a banded matrix times ``source``, (columns, C), into (rows, C) from ``o`` on.
+
+    The rows of a run, (first, count), are each the one before it, moved on by a column: they are
+    one long row together, which is what makes few channels fast.
+    """
+    for run in range(len(runs)):
+        first, count = runs[run, 0], runs[run, 1]
+        at, width = o + first * channels, count * channels
+        banded_row(source, 0, taps, first, _f32(1), out, at, channels, width, add)
 
 
 @_jit
 def _taps(levels, level):
-    """(columns, values) of a level's four matrices: rows low, high, columns low, high."""
+    """Taps of a level's four matrices (rows low, high, columns low, high), runs of the last two."""
     return (
         _taps_of(levels, level, 0),
         _taps_of(levels, level, 1),
         _taps_of(levels, level, 2),
         _taps_of(levels, level, 3),
+        _runs_of(levels, level, 2),
+        _runs_of(levels, level, 3),
     )
 
 
 @_jit
 def _taps_of(levels, level, matrix):
-    offset, num_rows, _, width = levels.table[level, matrix]
+    offset, num_rows, _, width, _, _ = levels.table[level, matrix]
     stop = offset + num_rows * width
     columns = levels.columns[offset:stop].reshape(num_rows, width)
     return columns, levels.values[offset:stop].reshape(num_rows, width)
 
 
 @_jit
+def _runs_of(levels, level, matrix):
+    return levels.runs[levels.table[level, matrix, 4] : levels.table[level, matrix, 5]]
+
+
+# A level is merged and split row by row, along both axes at once: what lies between the two axes,
+# and the few rows that a row depends on, then stay in the cache.
+
+
+@_jit
+def _merge_row(i, plane, details, taps, factor, size, channels, low, high, phases, out):
+    """Row i of a level's plane, from the (h, w, C) below it and the details, (3, h, w, C).
+
+    ``size`` = (h, w, W); ``low``, ``high`` and ``phases`` are room for a row each.
+    """
+    one = _f32(1)
+    h, w, W = size
+    row_low, row_high, column_low, column_high, runs_low, runs_high = taps
+    width = w * channels
+    band = h * width
+    banded_row(plane, 0, row_low, i, one, low, 0, width, width, False)
+    banded_row(details, 0, row_high, i, factor, low, 0, width, width, True)
+    banded_row(details, band, row_low, i, factor, high, 0, width, width, False)
+    banded_row(details, 2 * band, row_high, i, factor, high, 0, width, width, True)
+    banded_rows(low, column_low, runs_low, phases, 0, channels, False)
+    banded_rows(high, column_high, runs_high, phases, 0, channels, True)
+    # Even columns, then odd ones: see Levels.
+    odd = _u64((W + 1) // 2 * channels)
+    for j in range(W):
+        o = _u64((i * W + j) * channels)
+        a = _u64(j // 2 * channels) + (odd if j % 2 else _u64(0))
+        for k in range(channels):
+            out[o + _u64(k)] = phases[a + _u64(k)]
+
+
+@_jit
 def merge_levels(bands, levels, channels):
     """A plane, (H, W, C), from its bands: (h, w, C), then (3, h, w, C) of every level."""
-    one = _f32(1)
     num_levels = levels.table.shape[0]
     plane = bands
     start = levels.table[0, 0, 2] * levels.table[0, 2, 2] * channels if num_levels else 0
     for level in range(num_levels):
-        _, H, h, _ = levels.table[level, 0]
-        _, W, w, _ = levels.table[level, 2]
-        row_low, row_high, column_low, column_high = _taps(levels, level)
-        factor, width = levels.factors[level], w * channels
-        band = h * width
-        a, b, c = bands[start:], bands[start + band :], bands[start + 2 * band :]
-        low, high = np.empty(H * width, _f32), np.empty(H * width, _f32)
-        banded_product(plane, h, row_low, one, low, H, width, False, 0, H)
-        banded_product(a, h, row_high, factor, low, H, width, True, 0, H)
-        banded_product(b, h, row_low, factor, high, H, width, False, 0, H)
-        banded_product(c, h, row_high, factor, high, H, width, True, 0, H)
-        plane = np.empty(H * W * channels, _f32)
-        banded_product(low, w, column_low, one, plane, W, channels, False, 0, H * W)
-        banded_product(high, w, column_high, one, plane, W, channels, True, 0, H * W)
-        start += 3 * band
+        H, h = levels.table[level, 0, 1:3]
+        W, w = levels.table[level, 2, 1:3]
+        taps, factor = _taps(levels, level), levels.factors[level]
+        low, high = np.empty(w * channels, _f32), np.empty(w * channels, _f32)
+        out, phases = np.empty(H * W * channels, _f32), np.empty(W * channels, _f32)
+        for i in range(H):
+            _merge_row(
+                i, plane, bands[start:], taps, factor, (h, w, W), channels, low, high, phases, out
+            )
+        plane = out
+        start += 3 * h * w * channels
     return plane
+
+
+@_jit
+def _split_columns(i, plane, taps, size, channels, low, high, phases):
+    """Row i of a plane, (H, W, C), along its columns into row i of low and high, (H, w, C)."""
+    w, W = size
+    _, _, column_low, column_high, runs_low, runs_high = taps
+    odd = _u64((W + 1) // 2 * channels)
+    for j in range(W):
+        o = _u64((i * W + j) * channels)
+        a = _u64(j // 2 * channels) + (odd if j % 2 else _u64(0))
+        for k in range(channels):
+            phases[a + _u64(k)] = plane[o + _u64(k)]
+    banded_rows(phases, column_low, runs_low, low, i * w * channels, channels, False)
+    banded_rows(phases, column_high, runs_high, high, i * w * channels, channels, False)
+
+
+@_jit
+def _split_row(r, plane, taps, factor, size, channels, low, high, phases, done, out, details):
+    """Row r of the (h, w, C) below a plane, and of its details, into ``details``, (3, w, C).
+
+    ``size`` = (w, W); ``done`` says which rows of ``low`` and ``high`` there are already.
+    """
+    row_low, row_high = taps[0], taps[1]
+    for columns in (row_low[0], row_high[0]):
+        for t in range(columns.shape[1]):
+            i = columns[r, t]
+            if not done[i]:
+                _split_columns(i, plane, taps, size, channels, low, high, phases)
+                done[i] = True
+    width = size[0] * channels
+    banded_row(low, 0, row_low, r, _f32(1), out, r * width, width, width, False)
+    banded_row(low, 0, row_high, r, factor, details, 0, width, width, False)
+    banded_row(high, 0, row_low, r, factor, details, width, width, width, False)
+    banded_row(high, 0, row_high, r, factor, details, 2 * width, width, width, False)
 
 
 @_jit
 def split_levels(plane, levels, channels):
     """The bands of a plane, laid out as :func:`merge_levels` takes them."""
-    one = _f32(1)
     num_levels = levels.table.shape[0]
     if num_levels == 0:
         return plane
@@ -243,37 +316,38 @@ def split_levels(plane, levels, channels):
         stop += 3 * levels.table[level, 0, 1] * levels.table[level, 2, 1] * channels
     bands = np.empty(stop, _f32)
     for level in range(num_levels - 1, -1, -1):
-        _, h, H, _ = levels.table[level, 0]
-        _, w, W, _ = levels.table[level, 2]
-        row_low, row_high, column_low, column_high = _taps(levels, level)
-        factor, width = levels.factors[level], w * channels
-        band = h * width
+        h, H = levels.table[level, 0, 1:3]
+        w, W = levels.table[level, 2, 1:3]
+        taps, factor, width = _taps(levels, level), levels.factors[level], w * channels
         low, high = np.empty(H * width, _f32), np.empty(H * width, _f32)
-        banded_product(plane, W, column_low, one, low, w, channels, False, 0, H * w)
-        banded_product(plane, W, column_high, one, high, w, channels, False, 0, H * w)
-        stop -= 3 * band
-        a, b, c = bands[stop:], bands[stop + band :], bands[stop + 2 * band :]
-        plane = np.empty(band, _f32) if level else bands
-        banded_product(low, H, row_low, one, plane, h, width, False, 0, h)
-        banded_product(low, H, row_high, factor, a, h, width, False, 0, h)
-        banded_product(high, H, row_low, factor, b, h, width, False, 0, h)
-        banded_product(high, H, row_high, factor, c, h, width, False, 0, h)
+        done, details = np.zeros(H, np.bool_), np.empty(3 * width, _f32)
+        phases = np.empty(W * channels, _f32)
+        stop -= 3 * h * width
+        out = np.empty(h * width, _f32) if level else bands
+        for r in range(h):
+            _split_row(
+                r, plane, taps, factor, (w, W), channels, low, high, phases, done, out, details
+            )
+            for band in range(3):
+                at = stop + (band * h + r) * width
+                bands[at : at + width] = details[band * width : (band + 1) * width]
+        plane = out
     return bands
 
 
 @_jit
 def _largest_kept(values, logits, threshold):
-    """max |v| over what is kept, 0 if nothing is."""
-    # Sixteen running maxima: one would wait for itself.
-    lanes = np.zeros(16, _f32)
-    whole = values.size // 16 * 16
-    for i in range(0, whole, 16):
-        for k in range(16):
-            v = abs(values[_u64(i + k)])
-            lanes[k] = max(lanes[k], v if logits[_u64(i + k)] >= threshold else _f32(0))
-    for i in range(whole, values.size):
-        lanes[0] = max(lanes[0], abs(values[i]) if logits[i] >= threshold else _f32(0))
-    return lanes.max()
+    """max |v| over what is kept, 0 if nothing is; and the sum of all logits."""
+    # As integers |v| have the same order, and a largest integer is found by vector instructions.
+    bits = values.view(np.int32)
+    most, logit_sum = _i32(0), 0.0
+    for n in range(values.size):
+        i = _u64(n)
+        magnitude = bits[i] & _i32(0x7FFFFFFF)
+        most = max(most, magnitude if logits[i] >= threshold else _i32(0))
+    for n in range(values.size):
+        logit_sum += logits[_u64(n)]
+    return _i32(most).view(np.float32), logit_sum
 
 
 @_jit_exact
@@ -294,22 +368,45 @@ def masked_spatial(values, logits, threshold, largest, levels, channels, steps, 
     """Quantise → mask → inverse transform of a whole grid.
 
     ``values`` and ``logits`` are its bands, ``steps`` takes the Δ of each and ``counts`` how many
-    of each are kept; returns the spatial plane or line.
+    of each are kept; returns the spatial plane or line, and the sum of all logits.
     """
-    size = 0
+    logit_sum = 0.0
     for level in range(len(values)):
-        size += values[level].size
-    bands = np.empty(size, _f32)
-    start = 0
-    for level in range(len(values)):
-        step = _largest_kept(values[level], logits[level], threshold) / largest
+        most, of_level = _largest_kept(values[level], logits[level], threshold)
+        logit_sum += of_level
+        step = most / largest
         steps[level] = step if step > _f32(0) else _f32(1)
-        stop = start + values[level].size
-        counts[level] = _masked_quantise(
-            values[level], logits[level], threshold, steps[level], largest, bands[start:stop]
-        )
-        start = stop
-    return merge_levels(bands, levels, channels)
+    plane = np.empty(values[0].size, _f32)
+    counts[0] = _masked_quantise(values[0], logits[0], threshold, steps[0], largest, plane)
+    for level in range(levels.table.shape[0]):
+        H, h = levels.table[level, 0, 1:3]
+        W, w = levels.table[level, 2, 1:3]
+        taps, factor, width = _taps(levels, level), levels.factors[level], w * channels
+        low, high = np.empty(width, _f32), np.empty(width, _f32)
+        details, done = np.empty(3 * h * width, _f32), np.zeros(h, np.bool_)
+        out, phases = np.empty(H * W * channels, _f32), np.empty(W * channels, _f32)
+        count = 0
+        for i in range(H):
+            for columns in (taps[0][0], taps[1][0]):
+                for t in range(columns.shape[1]):
+                    r = columns[i, t]
+                    if done[r]:
+                        continue
+                    done[r] = True
+                    for band in range(3):
+                        a = (band * h + r) * width
+                        count += _masked_quantise(
+                            values[level + 1][a : a + width],
+                            logits[level + 1][a : a + width],
+                            threshold,
+                            steps[level + 1],
+                            largest,
+                            details[a : a + width],
+                        )
+            _merge_row(i, plane, details, taps, factor, (h, w, W), channels, low, high, phases, out)
+        counts[level + 1] = count
+        plane = out
+    return plane, logit_sum
 
 
 @_jit
@@ -335,39 +432,73 @@ def _sigmoid_slope(logits, out):
 
 @_jit_exact
 def _masked_quantise_backward(
-    gradient, values, logits, threshold, step, largest, of_values, of_logits
+    gradient, values, logits, threshold, step, largest, of_logit_sum, of_values, of_logits
 ):
-    """Straight-through gradients; ``of_logits`` holds σ(1 - σ) before."""
+    """Straight-through gradients."""
+    _sigmoid_slope(logits, of_logits)
     for n in range(values.size):
         i = _u64(n)
         g = gradient[i]
         q = min(max(np.rint(values[i] / step), -largest), largest) * step
         of_values[i] = g if logits[i] >= threshold else _f32(0)
-        of_logits[i] *= q * g
+        of_logits[i] = of_logits[i] * (q * g) + of_logit_sum
 
 
 @_jit_exact
 def masked_spatial_backward(
-    gradient, values, logits, threshold, largest, levels, channels, steps, of_values, of_logits
+    gradient,
+    values,
+    logits,
+    threshold,
+    largest,
+    levels,
+    channels,
+    steps,
+    of_logit_sum,
+    of_values,
+    of_logits,
 ):
     """Gradients of :func:`masked_spatial`, all bands in one row, with the adjoint's ``levels``."""
-    bands = split_levels(gradient, levels, channels)
-    start = 0
-    for level in range(len(values)):
-        stop = start + values[level].size
-        of_level = of_logits[start:stop]
-        _sigmoid_slope(logits[level], of_level)
-        _masked_quantise_backward(
-            bands[start:stop],
-            values[level],
-            logits[level],
-            threshold,
-            steps[level],
-            largest,
-            of_values[start:stop],
-            of_level,
-        )
-        start = stop
+    plane = gradient
+    stop = of_values.size
+    for level in range(levels.table.shape[0] - 1, -1, -1):
+        h, H = levels.table[level, 0, 1:3]
+        w, W = levels.table[level, 2, 1:3]
+        taps, factor, width = _taps(levels, level), levels.factors[level], w * channels
+        low, high = np.empty(H * width, _f32), np.empty(H * width, _f32)
+        done, details = np.zeros(H, np.bool_), np.empty(3 * width, _f32)
+        phases = np.empty(W * channels, _f32)
+        stop -= 3 * h * width
+        out = np.empty(h * width, _f32)
+        for r in range(h):
+            _split_row(
+                r, plane, taps, factor, (w, W), channels, low, high, phases, done, out, details
+            )
+            for band in range(3):
+                a = (band * h + r) * width
+                _masked_quantise_backward(
+                    details[band * width : (band + 1) * width],
+                    values[level + 1][a : a + width],
+                    logits[level + 1][a : a + width],
+                    threshold,
+                    steps[level + 1],
+                    largest,
+                    of_logit_sum,
+                    of_values[stop + a : stop + a + width],
+                    of_logits[stop + a : stop + a + width],
+                )
+        plane = out
+    _masked_quantise_backward(
+        plane,
+        values[0],
+        logits[0],
+        threshold,
+        steps[0],
+        largest,
+        of_logit_sum,
+        of_values[:stop],
+        of_logits[:stop],
+    )
 
 
 @_jit_exact

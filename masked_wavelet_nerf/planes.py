@@ -330,7 +330,8 @@ class FactorisedGrid(nn.Module):
         self, num_levels: int | None = None, threshold: float = 0.0
     ) -> tuple[SpatialGrid, list[Int[Tensor, " _"]]]:
         """See :func:`to_spatial`."""
-        return to_spatial([self], num_levels, threshold)[0]
+        ((spatial, kept),), _ = to_spatial([self], num_levels, threshold)
+        return spatial, kept
 
     def features(
         self, spatial: SpatialGrid, points: Float[Tensor, "N 3"]
@@ -392,22 +393,24 @@ class FactorisedGrid(nn.Module):
 
 def to_spatial(
     grids: Sequence[FactorisedGrid], num_levels: int | None = None, threshold: float = 0.0
-) -> list[tuple[SpatialGrid, list[Int[Tensor, " _"]]]]:
+) -> tuple[list[tuple[SpatialGrid, list[Int[Tensor, " _"]]]], Float[Tensor, ""] | None]:
     """:meth:`CoefficientGrid.forward` of all planes and lines: at once, where compiled loops can.
 
     Returns:
-        For each grid its planes and lines in the spatial domain, and kept counts of their levels.
+        For each grid its planes and lines in the spatial domain, and kept counts of their levels;
+        and the sum of all logits, where compiled loops passed over them: it costs nothing there.
     """
     members = [member for grid in grids for member in grid.grids]
     served = [bands for member in members if (bands := member.compiled(num_levels)) is not None]
     if len(served) == len(members):
         parameters = [p for bands in served for p in (*bands.values, *bands.logits)]
-        found = _MaskedSpatial.apply(served, threshold, *parameters)
+        logit_sum, *found = _MaskedSpatial.apply(served, threshold, *parameters)
         spatial, kept = iter(found[: len(members)]), iter(found[len(members) :])
     else:
+        logit_sum = None
         each = [member(num_levels, threshold) for member in members]
         spatial, kept = map(iter, zip(*each, strict=True))
-    return [
+    by_grid = [
         (
             SpatialGrid(
                 tuple(itertools.islice(spatial, len(grid.planes))),
@@ -417,6 +420,7 @@ def to_spatial(
         )
         for grid in grids
     ]
+    return by_grid, logit_sum
 
 
 def _replace_data(parameter: nn.Parameter, value: Tensor) -> None:
@@ -428,20 +432,20 @@ def _replace_data(parameter: nn.Parameter, value: Tensor) -> None:
 
 
 class _MaskedSpatial(torch.autograd.Function):
-    """Planes and lines from all coefficients in compiled loops, then counts of what is kept."""
+    """Sum of all logits, planes and lines, and counts of what is kept, in compiled loops."""
 
     @staticmethod
     def forward(ctx, grids, threshold, *parameters):
-        spatial, counts, ctx.steps = native.masked_spatial(grids, threshold)
+        spatial, counts, ctx.steps, logit_sum = native.masked_spatial(grids, threshold)
         ctx.grids, ctx.threshold = grids, threshold
         ctx.save_for_backward(*parameters)
         kept = [torch.from_numpy(count) for count in counts]
         ctx.mark_non_differentiable(*kept)
-        return *spatial, *kept
+        return torch.tensor(logit_sum, dtype=torch.float32), *spatial, *kept
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *gradients):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, of_logit_sum, *gradients):  # pyright: ignore[reportIncompatibleMethodOverride]
         saved = iter(ctx.saved_tensors)
         grids = [
             grid._replace(
@@ -451,7 +455,9 @@ class _MaskedSpatial(torch.autograd.Function):
             for grid in ctx.grids
         ]
         of_spatial = gradients[: len(grids)]
-        found = native.masked_spatial_backward(grids, of_spatial, ctx.steps, ctx.threshold)
+        found = native.masked_spatial_backward(
+            grids, of_spatial, ctx.steps, ctx.threshold, float(of_logit_sum)
+        )
         return None, None, *found
 
 

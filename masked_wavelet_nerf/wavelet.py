@@ -46,7 +46,7 @@ TransformName = Literal["wavelet", "dct", "identity"]
 Size = tuple[int, int]
 
 MAX_LEVELS = 6
-_NO_LEVELS = native.levels([], [])
+_NO_LEVELS = native.levels([], [], merges=True)
 
 
 class Bands(NamedTuple):
@@ -273,12 +273,14 @@ class _Levels:
     """All levels of one direction, coarse to fine."""
 
     levels: tuple[_Level, ...]
+    merges: bool
+    """Whether they take bands to a plane, not a plane to bands."""
 
     @functools.cached_property
     def taps(self) -> native.Levels:
         """As the compiled loops take them."""
         matrices = [[matrix.dense for matrix in (*l.rows, *l.columns)] for l in self.levels]  # noqa: E741
-        return native.levels(matrices, [level.factor for level in self.levels])
+        return native.levels(matrices, [level.factor for level in self.levels], self.merges)
 
 
 class _Merge(torch.autograd.Function):
@@ -379,7 +381,8 @@ def _levels(
                 (_Matrix(low, dtype, device), _Matrix(high, dtype, device)) for low, high in pairs
             )
             side.append(_Level(rows, columns, factor))
-    return _Levels(tuple(levels)), _Levels(tuple(adjoint))
+    merges = direction == "synthesis"
+    return _Levels(tuple(levels), merges), _Levels(tuple(adjoint), not merges)
 
 
 def _matrices(wavelet: str, direction: str, n: int, samples: int) -> tuple[np.ndarray, np.ndarray]:

@@ -304,19 +304,24 @@ def test_a_nan_point_harms_no_other(summed):
 
 
 @pytest.mark.parametrize("num_channels", [1, 5])
-def test_banded_product_stays_within_its_arrays(num_channels):
-    matrix = banded(9, 7, 3)
-    source, _ = guarded(np.random.default_rng(0).random((2, 7, num_channels), np.float32), np.nan)
-    out, whole = guarded(np.full((2, 9, num_channels), 7, np.float32), 7)
-    rows = 2 * 9
-    rest = np.float32(1), out, 9, num_channels, False
-    native_kernels.banded_product(source, 7, native._taps(matrix), *rest, 1, rows - 2)
+@pytest.mark.parametrize("shape", [(9, 5), (5, 9)])
+def test_banded_rows_stay_within_their_arrays(shape, num_channels):
+    """What lies around source and output is neither read nor written."""
+    matrix = circulant(*shape)
+    longer = int(shape[0] < shape[1])
+    apart = native._phases_apart(matrix, longer)
+    taps = native._taps(apart)
+    runs = native._runs(*taps)
+    source, _ = guarded(
+        np.random.default_rng(0).random((shape[1], num_channels), np.float32), np.nan
+    )
+    out, whole = guarded(np.full((shape[0] + 2, num_channels), 7, np.float32), 7)
+    native_kernels.banded_rows(source, taps, runs, out, num_channels, num_channels, False)
     assert_guards(whole, 7)
-    table = out.reshape(rows, num_channels)
-    assert (table[0] == 7).all() and (table[-2:] == 7).all()
-    assert np.isfinite(table).all()
-    expected = np.einsum("ij,bjk->bik", matrix, source.reshape(2, 7, -1)).reshape(rows, -1)
-    np.testing.assert_allclose(table[1:-2], expected[1:-2], rtol=1e-5, atol=1e-6)
+    table = out.reshape(-1, num_channels)
+    assert (table[0] == 7).all() and (table[-1] == 7).all()
+    expected = apart @ source.reshape(-1, num_channels)
+    np.testing.assert_allclose(table[1:-1], expected, rtol=1e-5, atol=1e-6)
 
 
 # --- threads
@@ -426,24 +431,25 @@ def test_taps_are_the_matrix(rows, columns, width):
     np.testing.assert_allclose(dense, matrix, rtol=1e-6)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("inner", [1, 7, 20])
 @pytest.mark.parametrize("width", [1, 5, 6, 21])
 @pytest.mark.parametrize(("rows", "columns"), [(22, 40), (40, 22)])
-def test_banded_product_equals_a_dense_one(rows, columns, width, inner, batch):
+def test_banded_row_equals_a_dense_one(rows, columns, width, inner):
     matrix = banded(rows, columns, width)
     taps = native._taps(matrix)
     before = [part.copy() for part in taps]
-    source = np.random.default_rng(1).standard_normal((batch, columns, inner)).astype(np.float32)
-    dense = np.einsum("ij,bjk->bik", matrix, source.astype(np.float64))
+    source = np.random.default_rng(1).standard_normal((columns, inner)).astype(np.float32)
+    behind = np.concatenate((np.full(3, np.nan, np.float32), source.reshape(-1)))
+    dense = matrix @ source.astype(np.float64)
 
     def product(out, factor, add):
-        scalars = np.float32(factor), out.reshape(-1), rows, inner, add
-        native_kernels.banded_product(source.reshape(-1), columns, taps, *scalars, 0, batch * rows)
+        for i in range(rows):
+            scalars = np.float32(factor), out.reshape(-1), i * inner, inner, inner, add
+            native_kernels.banded_row(behind, 3, taps, i, *scalars)
 
     for factor in (1.0, -0.25, 3.0, 0.0):
         # What is there before must not matter, unless it is to be added to.
-        out = np.full((batch, rows, inner), np.nan, np.float32)
+        out = np.full((rows, inner), np.nan, np.float32)
         product(out, factor, False)
         np.testing.assert_allclose(out, factor * dense, rtol=1e-5, atol=1e-5)
         for more in (2.0, -0.5):
@@ -452,6 +458,40 @@ def test_banded_product_equals_a_dense_one(rows, columns, width, inner, batch):
             np.testing.assert_allclose(out, before_adding + more * dense, rtol=1e-5, atol=1e-4)
     for part, copied in zip(taps, before, strict=True):
         np.testing.assert_array_equal(part, copied)
+
+
+def circulant(rows: int, columns: int) -> np.ndarray:
+    """A filter of five taps along one axis, with steps of two along the longer side, periodic."""
+    short, long = sorted((rows, columns))
+    dense = np.zeros((short, long))
+    for i in range(short):
+        for t in range(5):
+            dense[i, (2 * i + t - 2) % long] += t + 1
+    return dense if rows == short else dense.T
+
+
+@pytest.mark.parametrize("inner", [1, 16])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (1, 2), (2, 1), (6, 12), (12, 6), (7, 13), (13, 7), (40, 80)]
+)
+def test_runs_of_rows_are_long_and_leave_the_product_as_it_is(shape, inner):
+    matrix = circulant(*shape)
+    longer = int(shape[0] < shape[1])
+    apart = native._phases_apart(matrix, longer)
+    even_first = [*range(0, shape[longer], 2), *range(1, shape[longer], 2)]
+    np.testing.assert_array_equal(apart, matrix.take(even_first, axis=longer))
+    taps = native._taps(apart)
+    runs = native._runs(*taps)
+    assert runs[:, 1].sum() == shape[0] and (runs[1:, 0] == runs[:-1].sum(axis=1)).all()
+    if min(shape) == 40:  # but for the ends, a phase is one run
+        assert len(runs) <= 8 and runs[:, 1].max() >= 36
+    source = np.random.default_rng(1).standard_normal((shape[1], inner)).astype(np.float32)
+    out = np.full((shape[0], inner), np.nan, np.float32)
+    flat = source.reshape(-1), taps, runs, out.reshape(-1), 0, inner
+    native_kernels.banded_rows(*flat, False)
+    np.testing.assert_allclose(out, apart @ source, rtol=1e-5, atol=1e-5)
+    native_kernels.banded_rows(*flat, True)
+    np.testing.assert_allclose(out, 2 * apart @ source, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("backend")
