@@ -29,7 +29,7 @@ from masked_wavelet_nerf.runs import evaluate, open_run, write_run
 
 
 class BenchError(UserError):
-    """A benchmark's training failed."""
+    """A benchmark was asked for the impossible, or its training failed."""
 
 
 @dataclass
@@ -52,11 +52,18 @@ class Bench:
     """Stop training after so many steps, to see that a preset starts on this machine."""
     eval_views: int | None = None
     """Evaluate so many test views only, evenly spread."""
+    eval_downscale: int = 1
+    """Evaluate pictures so many times smaller than the photos."""
     json: bool = False
     """Print the row as JSON on standard output; progress goes to standard error."""
 
     def main(self) -> None:
         """Run, and print the row."""
+        for name in ("steps", "eval_views", "eval_downscale"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                flag = name.replace("_", "-")
+                raise BenchError(f"--{flag} {value}: expected 1 or more")
         preset = load_preset(self.preset)
         with contextlib.ExitStack() as stack:
             output_dir = self.output_dir
@@ -73,6 +80,7 @@ class Bench:
                     profile=self.profile,
                     flags=flags,
                     num_views=self.eval_views,
+                    downscale=self.eval_downscale,
                 )
                 row["seed"] = self.seed
         if self.json:
@@ -91,6 +99,7 @@ def run_preset(
     profile: str = "paper",
     flags: list[str] | None = None,
     num_views: int | None = None,
+    downscale: int = 1,
 ) -> tuple[dict[str, Any], codec.Description]:
     """Trains, evaluates, exports, decodes and evaluates again.
 
@@ -108,7 +117,7 @@ def run_preset(
     run = open_run(config_path, data)
     if run.pipeline is None:
         raise BenchError(f"{data}: the capture cannot be read: {run.missing}")
-    before = evaluate(run.pipeline, num_views)
+    before = evaluate(run.pipeline, num_views, downscale)
 
     start = time.perf_counter()
     path, description = export_run(
@@ -121,7 +130,7 @@ def run_preset(
     decode_seconds = time.perf_counter() - start
     decoded = open_run(write_run(scene, output_dir / "decoded", data), data)
     assert decoded.pipeline is not None
-    after = evaluate(decoded.pipeline, num_views)
+    after = evaluate(decoded.pipeline, num_views, downscale)
 
     steps = run.step + 1
     row = {
@@ -142,6 +151,7 @@ def run_preset(
         "train_peak_bytes": peak_bytes(resource.RUSAGE_CHILDREN),
         "render_peak_bytes": peak_bytes(resource.RUSAGE_SELF),
         "views": before.num_views,
+        "eval_downscale": downscale,
         "threads": threads,
         "device": str(run.model.device),
         "version": __version__,

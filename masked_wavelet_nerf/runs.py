@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import yaml
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.configs.dataparser_configs import all_dataparsers
@@ -132,12 +133,13 @@ def _build_model(config: MaskedWaveletModelConfig, box: torch.Tensor) -> MaskedW
 
 
 @torch.no_grad()
-def evaluate(pipeline: Pipeline, num_views: int | None = None) -> Evaluation:
+def evaluate(pipeline: Pipeline, num_views: int | None = None, downscale: int = 1) -> Evaluation:
     """Renders and measures evaluation views.
 
     Args:
         pipeline: an opened run's.
         num_views: how many, evenly spread over all; None for all.
+        downscale: how many times smaller than the photos, which are averaged.
     """
     dataset = pipeline.datamanager.eval_dataset  # pyright: ignore[reportAttributeAccessIssue]
     assert dataset is not None
@@ -150,6 +152,11 @@ def evaluate(pipeline: Pipeline, num_views: int | None = None) -> Evaluation:
     for index in track(np.linspace(0, len(dataset) - 1, count).astype(int), "Evaluating"):
         camera = dataset.cameras[int(index) : int(index) + 1].to(model.device)
         batch = {key: _to(value, model.device) for key, value in dataset[int(index)].items()}
+        if downscale > 1:
+            camera.rescale_output_resolution(1 / downscale)
+            size = int(camera.height), int(camera.width)
+            photo = batch["image"].movedim(-1, 0)[None]
+            batch["image"] = F.interpolate(photo, size, mode="area")[0].movedim(0, -1)
         start = now(model.device)
         outputs = model.get_outputs_for_camera(camera)
         seconds += now(model.device) - start

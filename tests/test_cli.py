@@ -235,6 +235,41 @@ def test_failed_export_leaves_the_old_file(bench, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_evaluation_at_a_fraction_of_the_size(bench, capture, monkeypatch):
+    """Photos are averaged, block by block, and cameras shrink with them."""
+    import torch
+
+    from masked_wavelet_nerf import runs
+
+    config = bench[1] / "masked-wavelet-bounded" / "trained" / "config.yml"
+    pipeline = runs.open_run(config, capture).pipeline
+    assert pipeline is not None
+    dataset = pipeline.datamanager.eval_dataset
+    photo = dataset[0]["image"][..., :3].numpy()
+    blocks = photo.reshape(8, 3, 8, 3, 3).mean(axis=(1, 3))
+    seen = []
+
+    def truth(camera):
+        seen.append(camera)
+        off = torch.from_numpy(blocks) + 0.1
+        return {"rgb": off, "accumulation": torch.ones(8, 8, 1), "depth": torch.ones(8, 8, 1)}
+
+    monkeypatch.setattr(pipeline.model, "get_outputs_for_camera", truth)
+    found = runs.evaluate(pipeline, num_views=1, downscale=3)
+    assert found.num_views == 1
+    assert found.psnr == pytest.approx(20, abs=1e-3)
+    (camera,) = seen
+    assert (int(camera.width), int(camera.height)) == (8, 8)
+    assert float(camera.fx) == pytest.approx(float(dataset.cameras.fx[0]) / 3)
+    assert int(dataset.cameras.width[0]) == 24
+
+
+@pytest.mark.parametrize("flag", ["steps", "eval-views", "eval-downscale"])
+def test_bench_refuses_less_than_one(flag, tmp_path, capsys):
+    assert cli.main(["bench", "p.toml", "--data", str(tmp_path), f"--{flag}", "0"]) == 2
+    assert f"--{flag} 0: expected 1 or more" in capsys.readouterr().err
+
+
 def test_presets_name_what_is_wrong(tmp_path):
     path = tmp_path / "p.toml"
     path.write_text('[run]\nmethod = "masked-wavelet"\n')
