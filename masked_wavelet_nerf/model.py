@@ -47,7 +47,7 @@ from masked_wavelet_nerf.sampling import (
     march,
     pack,
     render_weights,
-    roulette,
+    share_colours,
 )
 from masked_wavelet_nerf.wavelet import TransformName
 
@@ -136,12 +136,12 @@ class MaskedWaveletModelConfig(ModelConfig):
     colour_weight_threshold: float = 1e-4
     """Training: samples of no more weight in their pixel get no colour; they darken it a little,
     which clears empty space."""
-    colour_roulette: float = 0.005
-    """Training: a sample of less weight than this gets a colour with probability weight / this, and
-    counts for more in return, which changes no expectation. 0 gives all of them theirs."""
+    colour_mass: float = 0.05
+    """Neighbouring samples share a colour, at their centre of mass, for about so much weight in
+    their pixel. 0 gives each its own, which takes two to four times as many."""
     render_weight_threshold: float = 1e-3
-    """Rendering: samples of no more than this share of their ray's opacity take the colour of the
-    rest of it."""
+    """Rendering: what has no more than this share of its ray's opacity takes the colour of the rest
+    of it."""
     background_color: Literal["white", "black", "random"] = "random"
     """Colour behind the scene; random trains against a random one and renders over black."""
 
@@ -397,24 +397,15 @@ class MaskedWaveletModel(Model):
     ) -> Float[Tensor, "R 3"]:
         """Σ weight · colour, with colours of those samples only that matter."""
         num_rays, config = len(rays), self.config
-        if self.training and config.colour_roulette > 0:
-            start = torch.rand((), dtype=torch.float64, device=weights.device)
-            seen, survival = roulette(
-                weights, config.colour_weight_threshold, config.colour_roulette, start
-            )
-            shares = weights[seen] / survival
-            ray = samples.ray[seen]
-        elif self.training:
-            seen = (weights > config.colour_weight_threshold).nonzero()[:, 0]
-            shares, ray = weights[seen], samples.ray[seen]
-        else:
-            least = config.render_weight_threshold * accumulation[samples.ray, 0]
-            seen = (weights > least).nonzero()[:, 0]
-            shares, ray = weights[seen], samples.ray[seen]
-            # Samples without a colour of their own count as what the others of their ray show.
+        least = config.colour_weight_threshold if self.training else 0.0
+        ray, shares, points = share_colours(samples, weights, num_rays, least, config.colour_mass)
+        if not self.training:
+            seen = shares > config.render_weight_threshold * accumulation[ray, 0]
+            ray, shares, points = ray[seen], shares[seen], points[seen]
+            # What has no colour of its own counts as what the rest of its ray shows.
             coloured = accumulate_along_rays(shares, None, ray, num_rays)
             shares = shares * (accumulation / coloured.clamp(min=1e-6))[ray, 0]
-        colours = self.field.colour(spatial, samples.points[seen], rays.directions[ray])
+        colours = self.field.colour(spatial, points, rays.directions[ray])
         # The renderer derives its background's share from the weights that it is given, which are
         # only those that got a colour: blend with the full accumulation instead.
         return RGBRenderer.combine_rgb(
@@ -506,14 +497,22 @@ class MaskedWaveletModel(Model):
         return metrics
 
     def _kept_by_level(self, kept: list[Tensor]) -> dict[str, Tensor]:
-        counts, totals = {}, {}
-        for grid_kept, grid_totals in zip(kept, self._totals(), strict=True):
-            if len(grid_totals) == 1 and self.config.levels > 0:
-                continue  # lines have no levels
+        num_levels = self.config.levels + 1
+        level_of, totals = [], [0] * (num_levels + 1)
+        for grid_totals in self._totals():
             for level, total in enumerate(grid_totals):
-                counts[level] = counts.get(level, 0) + grid_kept[level]
-                totals[level] = totals.get(level, 0) + total
-        return {f"kept_level_{level}": counts[level] / totals[level] for level in counts}
+                # Lines have no levels, and are counted beside them.
+                has_levels = len(grid_totals) > 1 or num_levels == 1
+                level_of.append(level if has_levels else num_levels)
+                totals[level_of[-1]] += total
+        counts = torch.cat(kept)
+        where = torch.tensor(level_of).to(counts.device, non_blocking=True)
+        by_level = counts.new_zeros(num_levels + 1).index_add(0, where, counts)
+        return {
+            f"kept_level_{level}": by_level[level] / totals[level]
+            for level in range(num_levels)
+            if totals[level]
+        }
 
     def _totals(self) -> list[list[int]]:
         return [[p.numel() for p in grid.coefficients] for grid in self.field.grids().values()]  # pyright: ignore[reportGeneralTypeIssues]

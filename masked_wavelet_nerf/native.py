@@ -40,8 +40,6 @@ _WORTH_A_THREAD = 1 << 17
 """Numbers to be computed, below which waking a thread takes longer than it saves."""
 _ROW = 8
 """Rows that go into matrix products are filled up to a multiple of this."""
-_CHANNELS_PER_LINE = 16
-"""float32 numbers in a cache line: two threads that write to one wait for each other."""
 
 _disabled = 0
 
@@ -196,24 +194,14 @@ def features_backward(
         [torch.empty(t.movedim(0, -1).shape, dtype=torch.float32) for t in kind]
         for kind in (planes, lines)
     )
-    tasks, costs, offset = [], [], 0
+    tasks, offset = [], 0
     for factors, plane, line in zip(found, of_planes, of_lines, strict=True):
-        for block in _blocks(factors.shape[-1]):
-            arguments = g, offset, block, _flat(plane), _flat(line)
-            tasks.append(functools.partial(kernels.features_backward, where, *factors, *arguments))
-            costs.append(block[1] - block[0])
+        arguments = g, offset, _flat(plane), _flat(line)
+        tasks.append(functools.partial(kernels.features_backward, where, *factors, *arguments))
         offset += factors.shape[-1]
-    threads.run(tasks, costs)
+    # Not finer: two threads that write channels side by side wait for each other's cache lines.
+    threads.run(tasks)
     return [t.movedim(-1, 0) for t in (*of_planes, *of_lines)]
-
-
-def _blocks(num_channels: int) -> list[tuple[int, int]]:
-    """Channels, as (first, last + 1), for threads to share: whole cache lines, two thirds first."""
-    whole_lines = num_channels // _CHANNELS_PER_LINE
-    if torch.get_num_threads() == 1 or whole_lines < 2:
-        return [(0, num_channels)]
-    cut = -(-whole_lines * 2 // 3) * _CHANNELS_PER_LINE
-    return [(0, cut), (cut, num_channels)]
 
 
 # --- transform, masks and quantiser ---------------------------------------------------------------

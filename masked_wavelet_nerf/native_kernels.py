@@ -94,60 +94,49 @@ def summed_features(points, plane, line, shape, axes, out, start, stop):
 
 
 @_jit
-def features_backward(
-    points, plane, line, shape, axes, gradient, offset, block, plane_out, line_out
-):
-    """Writes the gradients of channels ``block`` = (first, last + 1) of plane and line.
+def features_backward(points, plane, line, shape, axes, gradient, offset, plane_out, line_out):
+    """Writes the gradients of plane and line.
 
     ``gradient`` is that of :func:`features`, (N, width), read from column ``offset`` on; or, where
     its width is 1, that of :func:`summed_features`, the same for all channels.
     """
-    H, W, L, C = shape
-    first, last = block
-    size = last - first
+    C = shape[3]
     step = _u64(C)
-    for texel in range(H * W):
-        start = _u64(texel) * step + _u64(first)
-        for k in range(size):
-            plane_out[start + _u64(k)] = _f32(0)
-    for texel in range(L):
-        start = _u64(texel) * step + _u64(first)
-        for k in range(size):
-            line_out[start + _u64(k)] = _f32(0)
+    plane_out[:] = _f32(0)
+    line_out[:] = _f32(0)
     N, width = gradient.shape
     flat = gradient.reshape(-1)
     # One loop for each of the six targets: with one pointer to write through and one to read,
     # LLVM's check that they do not overlap is cheap, and the loop becomes vector instructions.
-    of_line, of_plane = np.empty(size, _f32), np.empty(size, _f32)
+    of_line, of_plane = np.empty(C, _f32), np.empty(C, _f32)
     for n in range(N):
         a, b, l, w00, w01, w10, w11, gz, fz = _neighbours(points, n, shape, axes)
-        a, b, l = a + _u64(first), b + _u64(first), l + _u64(first)
         if width == 1:
             scale = flat[_u64(n)]
-            for k in range(size):
+            for k in range(C):
                 c = _u64(k)
                 p = w00 * plane[a + c] + w01 * plane[a + step + c]
                 of_line[c] = (p + w10 * plane[b + c] + w11 * plane[b + step + c]) * scale
                 of_plane[c] = (gz * line[l + c] + fz * line[l + step + c]) * scale
         else:
-            o = _u64(n) * _u64(width) + _u64(offset) + _u64(first)
-            for k in range(size):
+            o = _u64(n) * _u64(width) + _u64(offset)
+            for k in range(C):
                 c = _u64(k)
                 p = w00 * plane[a + c] + w01 * plane[a + step + c]
                 p += w10 * plane[b + c] + w11 * plane[b + step + c]
                 of_line[c] = p * flat[o + c]
                 of_plane[c] = (gz * line[l + c] + fz * line[l + step + c]) * flat[o + c]
-        for k in range(size):
+        for k in range(C):
             line_out[l + _u64(k)] += gz * of_line[_u64(k)]
-        for k in range(size):
+        for k in range(C):
             line_out[l + step + _u64(k)] += fz * of_line[_u64(k)]
-        for k in range(size):
+        for k in range(C):
             plane_out[a + _u64(k)] += w00 * of_plane[_u64(k)]
-        for k in range(size):
+        for k in range(C):
             plane_out[a + step + _u64(k)] += w01 * of_plane[_u64(k)]
-        for k in range(size):
+        for k in range(C):
             plane_out[b + _u64(k)] += w10 * of_plane[_u64(k)]
-        for k in range(size):
+        for k in range(C):
             plane_out[b + step + _u64(k)] += w11 * of_plane[_u64(k)]
 
 

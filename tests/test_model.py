@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.viewer_legacy.server.viewer_utils import IOChangeException
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
+from masked_wavelet_nerf import native
 from masked_wavelet_nerf.field import WaveletPlaneField
 from masked_wavelet_nerf.metrics import ImageMetrics
 from masked_wavelet_nerf.model import CheckpointMismatchError, MaskedWaveletModel
@@ -217,7 +219,7 @@ def test_render_threshold_changes_little(tiny_config, train, monkeypatch):
     monkeypatch.setattr(
         model.field, "colour", lambda s, p, d: [counts.append(len(p)), colour(s, p, d)][1]
     )
-    pictures = {}
+    model.config.colour_mass, pictures = 0.0, {}
     for threshold in (0.0, 1e-3, 0.02):
         counts.clear()
         model.config.render_weight_threshold = threshold
@@ -237,7 +239,7 @@ def test_samples_without_a_colour_take_that_of_their_ray(
         tiny_config(bits=None, masks=False, background_color="black", density_shift=-3.2)
     )
     model = trainer.pipeline.model.eval()
-    model.config.render_weight_threshold = threshold
+    model.config.render_weight_threshold, model.config.colour_mass = threshold, 0.0
     for grid in model.field.density_grid.grids:
         for parameter in grid.coefficients:
             parameter.data.zero_()
@@ -261,21 +263,25 @@ def test_samples_without_a_colour_take_that_of_their_ray(
     assert outputs["rgb"][1].abs().max() == 0
 
 
-def test_the_roulette_changes_no_expectation(tiny_config, start, monkeypatch):
+@pytest.mark.parametrize("training", [False, True])
+def test_shared_colours_change_hardly_anything(tiny_config, start, monkeypatch, training):
     trainer = blob_scene(tiny_config, start)
-    model = trainer.pipeline.model.train()
+    model = trainer.pipeline.model.train(training)
     rays, _ = trainer.pipeline.datamanager.next_train(0)
     jitter = torch.rand(len(rays), 1)
     monkeypatch.setattr(torch, "rand_like", lambda tensor: jitter)  # the same samples each time
+    original, counts = model.field.colour, []
+    monkeypatch.setattr(
+        model.field, "colour", lambda s, p, d: counts.append(len(p)) or original(s, p, d)
+    )
 
-    def rendered(roulette: float, repeats: int) -> torch.Tensor:
-        model.config.colour_roulette = roulette
-        return torch.stack([model(rays)["rgb"].detach() for _ in range(repeats)]).mean(dim=0)
+    def rendered(mass: float) -> torch.Tensor:
+        model.config.colour_mass = mass
+        return model(rays)["rgb"].detach()
 
-    exact, once, often = rendered(0.0, 1), rendered(0.3, 1), rendered(0.3, 400)
-    spread = float((once - exact).abs().mean())
-    assert spread > 1e-4
-    assert float((often - exact).abs().mean()) < 0.15 * spread
+    exact, shared = rendered(0.0), rendered(0.05)
+    assert psnr(shared, exact) > 45
+    assert counts[1] < 0.8 * counts[0]
 
 
 @pytest.mark.parametrize(
@@ -334,6 +340,58 @@ def test_losses_are_the_stated_sums(tiny_config, start):
     assert float(metrics["kept"]) == 1.0
     assert {"kept_level_0", "kept_level_1", "kept_level_2", "estimated_bytes"} <= set(metrics)
     assert float(metrics["psnr"]) == pytest.approx(-10 * math.log10(float(expected)), rel=1e-5)
+
+
+@pytest.mark.parametrize("levels", [0, 2])
+def test_kept_fractions_by_level(tiny_config, start, levels):
+    """Lines have no levels, unless planes have none either."""
+    trainer = start(tiny_config(levels=levels))
+    model: MaskedWaveletModel = trainer.pipeline.model
+    with torch.no_grad():
+        for number, grid in enumerate(model.field.grids().values()):
+            for level, some in enumerate(grid.logits):
+                first_of_three = len(grid.logits) > 1 and number % 3 == 0
+                some.fill_(-1.0 if level == 1 or first_of_three else 1.0)
+    trainer.pipeline.train()
+    rays, batch = trainer.pipeline.datamanager.next_train(0)
+    metrics = model.get_metrics_dict(model(rays), batch)
+    found = {name: float(metrics[name]) for name in metrics if name.startswith("kept_level")}
+    planes = [grid for grid in model.field.grids().values() if len(grid.spatial_size) == 2]
+    expected = {"kept_level_0": 1.0}
+    if levels:
+        for level in range(3):
+            counts = [int((grid.logits[level] >= 0).sum()) for grid in planes]
+            totals = [grid.logits[level].numel() for grid in planes]
+            expected[f"kept_level_{level}"] = sum(counts) / sum(totals)
+        assert expected["kept_level_1"] == 0 and 0.3 < expected["kept_level_2"] < 0.9
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_without_levels_there_are_no_fractions_of_them(tiny_config, start):
+    trainer = start(tiny_config(transform="dct"))
+    trainer.pipeline.train()
+    rays, batch = trainer.pipeline.datamanager.next_train(0)
+    metrics = trainer.pipeline.model.get_metrics_dict(trainer.pipeline.model(rays), batch)
+    assert [name for name in metrics if name.startswith("kept")] == ["kept"]
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_sum_penalty_is_that_of_the_papers_code(tiny_config, start, compiled):
+    with contextlib.nullcontext() if compiled else native.disabled():
+        trainer = start(tiny_config(mask_weight=0.5, mask_penalty="sum"))
+        model: MaskedWaveletModel = trainer.pipeline.model
+        logits = [p for grid in model.field.grids().values() for p in grid.logits]
+        with torch.no_grad():
+            for number, some in enumerate(logits):
+                some.fill_(0.125 * (number % 5 - 1))
+        trainer.pipeline.train()
+        rays, batch = trainer.pipeline.datamanager.next_train(0)
+        losses = model.get_loss_dict(model(rays), batch)
+        expected = 0.5 * sum(float(some.double().sum()) for some in logits)
+        assert expected != 0
+        assert float(losses["mask_loss"]) == pytest.approx(expected, rel=1e-6)
+        for of_logits in torch.autograd.grad(losses["mask_loss"], logits):
+            assert (of_logits == 0.5).all()
 
 
 def test_a_step_draws_the_same_whatever_came_before(tiny_config, start):

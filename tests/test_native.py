@@ -14,7 +14,8 @@ import torch
 
 from masked_wavelet_nerf import native, native_kernels
 from masked_wavelet_nerf.field import frequency_encoding
-from masked_wavelet_nerf.planes import _NATIVE_AXES, FactorisedGrid, SpatialGrid
+from masked_wavelet_nerf.planes import _NATIVE_AXES, FactorisedGrid, SpatialGrid, to_spatial
+from masked_wavelet_nerf.rate import mask_penalty
 from masked_wavelet_nerf.sampling import OccupancyGrid
 from masked_wavelet_nerf.wavelet import WaveletTransform, make_transform
 
@@ -261,14 +262,9 @@ def test_kernels_stay_within_their_arrays(resolution, num_channels):
             gradient = np.ones((n, columns), np.float32)
             plane_out, plane_whole = guarded(np.full_like(plane_in, np.nan), 7)
             line_out, line_whole = guarded(np.full_like(line_in, np.nan), 7)
-            for block in ((0, num_channels // 2), (num_channels // 2, num_channels)):
-                for some in (points, chosen):  # the second call starts from zero again
-                    rest = gradient[: len(some)], int(columns > 1), block, plane_out, line_out
-                    native_kernels.features_backward(some, *arguments[1:], *rest)
-                others = [c for c in range(num_channels) if not block[0] <= c < block[1]]
-                if block[0] == 0:
-                    assert np.isnan(plane_out.reshape(-1, num_channels)[:, others]).all()
-                    assert np.isnan(line_out.reshape(-1, num_channels)[:, others]).all()
+            for some in (points, chosen):  # the second call starts from zero again
+                rest = gradient[: len(some)], int(columns > 1), plane_out, line_out
+                native_kernels.features_backward(some, *arguments[1:], *rest)
             assert_guards(plane_whole, 7)
             assert_guards(line_whole, 7)
             assert np.isfinite(plane_out).all() and np.isfinite(line_out).all()
@@ -593,6 +589,33 @@ def test_grids_equal_plain_torch(transform, bits):
             for member in grid.grids:
                 for values in member.coefficients:
                     values.copy_(torch.randn_like(values))
+
+
+@pytest.mark.parametrize("transform", ["identity", "wavelet"])
+def test_the_sum_of_logits_comes_with_its_gradient(transform):
+    """As if it were taken of the logits themselves, beside what flows through planes and lines."""
+    made = make_transform(transform, num_levels=2)
+    grids = [FactorisedGrid(num, (7, 10, 13), made) for num in (2, 3)]
+    parameters = [p for grid in grids for p in grid.parameters()]
+    logits = [p for grid in grids for part in grid.grids for p in part.logits]
+    for some in logits:
+        torch.nn.init.normal_(some)
+
+    def results(with_loops: bool):
+        by_grid, logit_sum = to_spatial(grids)
+        assert (logit_sum is not None) == with_loops
+        if logit_sum is None:
+            logit_sum = mask_penalty(logits, "sum")
+        spatial = [t for (found, _) in by_grid for kind in found for t in kind]
+        loss = sum(t.square().sum() for t in spatial) - 0.3 * logit_sum
+        return logit_sum.detach(), torch.autograd.grad(loss, parameters)
+
+    found, gradients = results(True)
+    with native.disabled():
+        expected, expected_gradients = results(False)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    for a, b in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
 
 
 def test_only_what_the_loops_can_do_goes_through_them(monkeypatch):

@@ -1,4 +1,4 @@
-"""Marching, weights, packing, roulette and occupancy, against loops."""
+"""Marching, weights, shared colours, packing and occupancy, against loops."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from masked_wavelet_nerf.sampling import (
     march,
     pack,
     render_weights,
-    roulette,
+    share_colours,
 )
 
 
@@ -344,118 +344,110 @@ def test_weights_need_a_ray_for_each_sample():
         render_weights(torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64), 1)
 
 
-# --- roulette
+# --- shared colours
 
 
-def random_weights(num: int, *, seed: int = 0) -> torch.Tensor:
-    """From far below to far above 0.05, and zeros among them."""
+def random_samples(
+    counts: tuple[int, ...], *, seed: int = 0, varying: bool = False
+) -> tuple[PackedSamples, torch.Tensor]:
+    """Samples half a unit apart, with gaps among them, and weights from far below to above 0.1."""
     generator = torch.Generator().manual_seed(seed)
-    weights = 10 ** (torch.rand(num, generator=generator) * 4 - 4)
-    weights[torch.rand(num, generator=generator) < 0.2] = 0
-    return weights
+    num = sum(counts)
+    places = (torch.rand(num, generator=generator) < 0.2).cumsum(0) + torch.arange(num)
+    weights = 10 ** (torch.rand(num, generator=generator, dtype=torch.float64) * 3 - 3.5)
+    weights[torch.rand(num, generator=generator) < 0.1] = 0
+    points = torch.rand(num, 3, generator=generator, dtype=torch.float64)
+    middles = 0.5 * places.double()
+    lengths = torch.full((num,), 0.5, dtype=torch.float64) if varying else 0.5
+    return PackedSamples(rays_of(counts), middles, lengths, points), weights
 
 
-def starts(num: int) -> torch.Tensor:
-    return (torch.arange(num) + 0.5) / num
+def shared_by_a_loop(samples: PackedSamples, weights: torch.Tensor, least: float, most: float):
+    """(ray, members) of every colour."""
+    found: list[tuple[int, list[int]]] = []
+    previous, total = None, 0.0
+    for i, (ray, weight) in enumerate(zip(samples.ray.tolist(), weights.tolist(), strict=True)):
+        if i == 0 or ray != int(samples.ray[i - 1]):
+            previous, total = None, 0.0
+        if not weight > least:
+            previous = None
+            continue
+        share = math.floor((total + weight / 2) / most) if most else i
+        near = i > 0 and float(samples.middles[i] - samples.middles[i - 1]) < 0.75
+        if previous == share and near:
+            found[-1][1].append(i)
+        else:
+            found.append((ray, [i]))
+        previous, total = share, total + weight
+    return found
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_roulette_equals_a_loop(seed):
-    weights = random_weights(300, seed=seed)
-    for start in (0.0, 0.3, 0.999):
-        chosen, probability = roulette(weights, 0.0, 0.05, torch.tensor(start))
-        expected, total = [], float(torch.tensor(start))
-        for i, weight in enumerate(weights.tolist()):
-            q = min(1.0, weight / float(np.float32(0.05)))
-            if math.floor(total + q) > math.floor(total):
-                expected.append((i, q))
-            total += q
-        assert chosen.dtype == torch.int64
-        assert chosen.tolist() == [i for i, _ in expected]
-        np.testing.assert_allclose(probability, [q for _, q in expected], rtol=1e-6)
+SAMPLES = [(40, 0, 33, 1, 90), (1,), (0, 0, 5), (200,)]
 
 
-@pytest.mark.parametrize("threshold", [1e-3, 0.05, 0.7, 100.0])
-@pytest.mark.parametrize("seed", range(3))
-def test_survivors_of_the_roulette(threshold, seed):
-    weights = random_weights(500, seed=seed)
-    expected_count = float((weights.double() / threshold).clamp(max=1).sum())
-    counts = []
-    for start in starts(50):
-        chosen, probability = roulette(weights, 0.0, threshold, start)
-        assert (chosen.diff() > 0).all()
-        assert (weights[chosen] > 0).all()
-        certain = (weights >= threshold).nonzero()[:, 0]
-        assert torch.isin(certain, chosen).all()
-        torch.testing.assert_close(probability, (weights[chosen] / threshold).clamp(max=1))
-        assert abs(len(chosen) - expected_count) < 1 + 1e-3
-        counts.append(len(chosen))
-        again, _ = roulette(weights, 0.0, threshold, start)
-        assert torch.equal(again, chosen)
-    assert np.mean(counts) == pytest.approx(expected_count, abs=0.02)
+@pytest.mark.parametrize("varying", [False, True])
+@pytest.mark.parametrize("most", [0.0, 0.01, 0.05, 0.4])
+@pytest.mark.parametrize("least", [0.0, 1e-3])
+@pytest.mark.parametrize("counts", SAMPLES)
+def test_shared_colours_equal_a_loop(counts, least, most, varying):
+    for seed in range(3):
+        samples, weights = random_samples(counts, seed=seed, varying=varying)
+        found = share_colours(samples, weights, len(counts), least, most)
+        expected = shared_by_a_loop(samples, weights, least, most)
+        assert found.ray.tolist() == [ray for ray, _ in expected]
+        shares = [sum(float(weights[i]) for i in members) for _, members in expected]
+        np.testing.assert_allclose(found.shares, shares, rtol=1e-12)
+        for point, share, (_, members) in zip(found.points, shares, expected, strict=True):
+            centre = sum(weights[i] * samples.points[i] for i in members) / share
+            torch.testing.assert_close(point, centre)
+        if most == 0.4 and counts == (200,):  # far fewer, when they may
+            assert len(expected) < 0.8 * int((weights > least).sum())
 
 
-@pytest.mark.parametrize("threshold", [0.02, 0.05])
-def test_roulette_is_unbiased(threshold):
-    """Also its gradients with respect to depths and colours."""
-    counts = (20, 0, 13, 27)
-    ray, num = rays_of(counts), sum(counts)
-    generator = torch.Generator().manual_seed(0)
-    depths = 10 ** (torch.rand(num, generator=generator, dtype=torch.float64) - 2)
-    colours = torch.rand(num, generator=generator, dtype=torch.float64)
-    depths, colours = depths.requires_grad_(), colours.requires_grad_()
-    weights = render_weights(depths, ray, len(counts))
-    assert 0.2 < (weights < threshold).double().mean() < 1
+def test_shared_colours_keep_mass_and_centre():
+    """So a colour that is linear in space is rendered exactly."""
+    samples, weights = random_samples((60, 50))
+    found = share_colours(samples, weights, 2, 0.0, 0.1)
+    assert len(found.ray) < 0.8 * len(weights)
 
-    full = torch.zeros(len(counts), dtype=torch.float64).index_add(0, ray, weights * colours)
-    weighting = torch.tensor([1.0, 5.0, -2.0, 3.0], dtype=torch.float64)
-    expected = torch.autograd.grad(full @ weighting, (depths, colours), retain_graph=True)
+    def moments(ray, masses, points):
+        values = torch.cat((masses[:, None], masses[:, None] * points), dim=1)
+        return torch.zeros(2, 4, dtype=torch.float64).index_add(0, ray, values)
 
-    # The average is linear: add up how often each sample comes, and with which factor.
-    num_starts = 4000
-    factor = torch.zeros(num, dtype=torch.float64)
-    for start in starts(num_starts):
-        chosen, probability = roulette(weights, 0.0, threshold, start)
-        factor[chosen] += 1 / (probability * num_starts)
-        assert not probability.requires_grad
-    found = torch.zeros(len(counts), dtype=torch.float64)
-    found = found.index_add(0, ray, weights * factor * colours)
-    torch.testing.assert_close(found, full, rtol=1e-3, atol=1e-3)
-    gradients = torch.autograd.grad(found @ weighting, (depths, colours))
-    for a, b in zip(gradients, expected, strict=True):
-        assert (a - b).norm() < 1e-3 * b.norm()
+    torch.testing.assert_close(
+        moments(*found), moments(samples.ray, weights, samples.points), rtol=1e-12, atol=1e-12
+    )
 
 
-def test_roulette_without_weights_and_with_sure_ones():
-    none = torch.zeros(0)
-    for weights in (none, torch.zeros(7)):
-        chosen, probability = roulette(weights, 0.0, 0.1, torch.tensor(0.99))
-        assert chosen.shape == probability.shape == (0,)
-    for start in starts(7):
-        chosen, probability = roulette(torch.full((5,), 0.1), 0.0, 0.1, start)
-        assert chosen.tolist() == [0, 1, 2, 3, 4] and probability.tolist() == [1.0] * 5
+def test_gradients_of_shares_reach_every_weight():
+    samples, weights = random_samples((30, 20))
+    weights.requires_grad_()
+    found = share_colours(samples, weights, 2, 1e-3, 0.1)
+    colours = torch.rand(len(found.ray), dtype=torch.float64)
+    (gradient,) = torch.autograd.grad((found.shares * colours).sum(), weights)
+    expected = torch.zeros_like(weights)
+    for colour, (_, members) in zip(
+        colours, shared_by_a_loop(samples, weights, 1e-3, 0.1), strict=True
+    ):
+        expected[members] = colour
+    torch.testing.assert_close(gradient, expected)
+    assert not found.points.requires_grad
 
 
-@pytest.mark.parametrize("least", [1e-3, 0.01, 0.2])
-def test_the_roulette_leaves_out_what_weighs_least(least):
-    """Exactly as if the light ones, and one that is no number, were not there."""
-    weights = random_weights(300, seed=5)
-    weights[7], weights[8] = torch.nan, least
-    heavy = (weights > least).nonzero()[:, 0]
-    assert 0 < len(heavy) < 300
-    for start in starts(7):
-        chosen, probability = roulette(weights, least, 0.05, start)
-        expected, same = roulette(weights[heavy], 0.0, 0.05, start)
-        assert torch.equal(chosen, heavy[expected]) and torch.equal(probability, same)
+def test_what_is_no_number_shares_with_nobody():
+    samples, weights = random_samples((30, 20))
+    weights[[3, 35]] = 0
+    expected = share_colours(samples, weights, 2, 0.0, 0.1)
+    weights[[3, 35]] = torch.nan
+    for a, b in zip(share_colours(samples, weights, 2, 0.0, 0.1), expected, strict=True):
+        assert torch.equal(a, b)
 
 
-def test_a_late_sample_has_its_chance():
-    # A running sum in float32 would stand still after sixteen million.
-    weights = torch.ones(20_000_000)
-    weights[-4:] = 0.5
-    for start in (0.1, 0.6):
-        chosen, _ = roulette(weights, 0.0, 1.0, torch.tensor(start))
-        assert len(chosen) == 20_000_000 - 2
+@pytest.mark.parametrize("num", [0, 7])
+def test_no_weight_no_colour(num):
+    samples, _ = random_samples((num,))
+    found = share_colours(samples, torch.zeros(num, dtype=torch.float64), 1, 0.0, 0.1)
+    assert [len(part) for part in found] == [0, 0, 0] and found.points.shape == (0, 3)
 
 
 # --- packing
