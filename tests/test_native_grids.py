@@ -35,6 +35,10 @@ def seed():
 # --- banded products
 
 
+def channels_innermost(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.movedim(0, -1).contiguous().movedim(-1, 0)
+
+
 def banded(rows: int, columns: int, width: int, *, seed: int = 0) -> np.ndarray:
     """Rows of up to ``width`` entries with gaps, cyclic; the second row is empty."""
     rng = np.random.default_rng(seed)
