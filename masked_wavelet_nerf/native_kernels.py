@@ -213,6 +213,12 @@ def _runs_of(levels, level, matrix):
 
 
 @_jit
+def _in_phases(j, W, channels):
+    """Where column j starts in a row of even columns, then odd ones: see Levels."""
+    return _u64((j // 2 + j % 2 * ((W + 1) // 2)) * channels)
+
+
+@_jit
 def _merge_row(i, plane, details, taps, factor, size, channels, low, high, phases, out):
     """Row i of a level's plane, from the (h, w, C) below it and the details, (3, h, w, C).
 
@@ -229,11 +235,8 @@ def _merge_row(i, plane, details, taps, factor, size, channels, low, high, phase
     banded_row(details, 2 * band, row_high, i, factor, high, 0, width, width, True)
     banded_rows(low, column_low, runs_low, phases, 0, channels, False)
     banded_rows(high, column_high, runs_high, phases, 0, channels, True)
-    # Even columns, then odd ones: see Levels.
-    odd = _u64((W + 1) // 2 * channels)
     for j in range(W):
-        o = _u64((i * W + j) * channels)
-        a = _u64(j // 2 * channels) + (odd if j % 2 else _u64(0))
+        o, a = _u64((i * W + j) * channels), _in_phases(j, W, channels)
         for k in range(channels):
             out[o + _u64(k)] = phases[a + _u64(k)]
 
@@ -264,10 +267,8 @@ def _split_columns(i, plane, taps, size, channels, low, high, phases):
     """Row i of a plane, (H, W, C), along its columns into row i of low and high, (H, w, C)."""
     w, W = size
     _, _, column_low, column_high, runs_low, runs_high = taps
-    odd = _u64((W + 1) // 2 * channels)
     for j in range(W):
-        o = _u64((i * W + j) * channels)
-        a = _u64(j // 2 * channels) + (odd if j % 2 else _u64(0))
+        o, a = _u64((i * W + j) * channels), _in_phases(j, W, channels)
         for k in range(channels):
             phases[a + _u64(k)] = plane[o + _u64(k)]
     banded_rows(phases, column_low, runs_low, low, i * w * channels, channels, False)

@@ -1,4 +1,4 @@
-"""A tiny capture and tiny configurations, for tests that train."""
+"""Threads, seeds and backends; a tiny capture and tiny configurations, for tests that train."""
 
 from __future__ import annotations
 
@@ -22,6 +22,26 @@ def backend(request):
         return
     with native.disabled():
         yield
+
+
+@pytest.fixture
+def small_work_is_split_too(monkeypatch):
+    """Threads are woken for any work at all."""
+    monkeypatch.setattr(native, "_WORTH_A_THREAD", 0)
+
+
+@pytest.fixture
+def one_thread():
+    """A test that wants more sets them itself."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture
+def seed():
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from guards import assert_guards, guarded
+from guards import assert_guards, channels_innermost, guarded
 
 from masked_wavelet_nerf import native, native_kernels
 from masked_wavelet_nerf.field import frequency_encoding
@@ -23,22 +23,7 @@ CHANNELS = [1, 2, 3, 8, 16, 48]
 RESOLUTIONS = [(7, 10, 13), (2, 5, 3), (2, 2, 2)]
 
 
-@pytest.fixture(autouse=True)
-def small_work_is_split_too(monkeypatch):
-    monkeypatch.setattr(native, "_WORTH_A_THREAD", 0)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("small_work_is_split_too", "one_thread", "seed")
 
 
 def factors(num_channels: int, resolution: tuple[int, int, int]) -> SpatialGrid:
@@ -51,10 +36,6 @@ def factors(num_channels: int, resolution: tuple[int, int, int]) -> SpatialGrid:
 
 def map_factors(function, spatial: SpatialGrid) -> SpatialGrid:
     return SpatialGrid(*(tuple(map(function, kind)) for kind in spatial))
-
-
-def channels_innermost(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.movedim(0, -1).contiguous().movedim(-1, 0)
 
 
 def random_points(num: int) -> torch.Tensor:

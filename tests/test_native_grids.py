@@ -6,37 +6,17 @@ import numpy as np
 import pytest
 import pywt
 import torch
-from guards import assert_guards, guarded
+from guards import assert_guards, channels_innermost, guarded
 
 from masked_wavelet_nerf import native, native_kernels
 from masked_wavelet_nerf.planes import FactorisedGrid, to_spatial
 from masked_wavelet_nerf.rate import mask_penalty
 from masked_wavelet_nerf.wavelet import WaveletTransform, make_transform
 
-
-@pytest.fixture(autouse=True)
-def small_work_is_split_too(monkeypatch):
-    monkeypatch.setattr(native, "_WORTH_A_THREAD", 0)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("small_work_is_split_too", "one_thread", "seed")
 
 
 # --- banded products
-
-
-def channels_innermost(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.movedim(0, -1).contiguous().movedim(-1, 0)
 
 
 def banded(rows: int, columns: int, width: int, *, seed: int = 0) -> np.ndarray:

@@ -22,20 +22,7 @@ KINDS = [("vm", "product"), ("triplane", "product"), ("triplane", "sum")]
 # Voxels along x, y, z: a cube of a multiple of 2^L, odd and unequal sides.
 RESOLUTIONS = [(8, 8, 8), (7, 10, 13), (5, 3, 2)]
 
-pytestmark = pytest.mark.usefixtures("backend")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("backend", "one_thread", "seed")
 
 
 def transform(name: str = "wavelet", num_levels: int = 2, wavelet: str = "bior4.4"):

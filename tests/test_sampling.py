@@ -20,13 +20,7 @@ from masked_wavelet_nerf.sampling import (
     share_colours,
 )
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def occupancy(cells: np.ndarray | torch.Tensor) -> OccupancyGrid:
