@@ -25,7 +25,7 @@ from nerfstudio.engine.callbacks import (
 )
 from nerfstudio.field_components.spatial_distortions import SceneContraction
 from nerfstudio.model_components.ray_samplers import UniformLinDispPiecewiseSampler
-from nerfstudio.model_components.renderers import AccumulationRenderer, RGBRenderer
+from nerfstudio.model_components.renderers import RGBRenderer
 from nerfstudio.model_components.scene_colliders import AABBBoxCollider, NearFarCollider
 from nerfstudio.models.base_model import Model, ModelConfig
 from nerfstudio.utils import colormaps
@@ -44,10 +44,10 @@ from masked_wavelet_nerf.rate import PenaltyName, estimate_bytes, mask_penalty
 from masked_wavelet_nerf.sampling import (
     OccupancyGrid,
     PackedSamples,
+    SharedColours,
+    composite,
     march,
     pack,
-    render_weights,
-    share_colours,
 )
 from masked_wavelet_nerf.wavelet import TransformName
 
@@ -206,7 +206,6 @@ class MaskedWaveletModel(Model):
         self.occupancy = OccupancyGrid()
         self.sampler = UniformLinDispPiecewiseSampler(num_samples=config.num_samples)
         self.renderer_rgb = RGBRenderer(background_color=config.background_color)
-        self.renderer_accumulation = AccumulationRenderer()
         self.image_metrics = ImageMetrics()
         self._spatial: SpatialField | None = None
         self._shown_in_image: tuple[int, float] | None = None
@@ -365,23 +364,18 @@ class MaskedWaveletModel(Model):
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Renders rays: rgb in [0, 1], accumulation, and expected depth along the ray."""
         spatial = self.spatial()
-        samples = self._samples(ray_bundle)
-        ray, num_rays = samples.ray, len(ray_bundle)
+        samples, config = self._samples(ray_bundle), self.config
         density = self.field.density(spatial, samples.points)
-        weights = render_weights(
-            density * (samples.lengths * self.config.distance_scale), ray, num_rays
+        optical_depth = density * (samples.lengths * config.distance_scale)
+        least = config.colour_weight_threshold if self.training else 0.0
+        accumulation, distance, colours = composite(
+            samples, optical_depth, len(ray_bundle), least, config.colour_mass
         )
-        accumulation = self.renderer_accumulation(
-            weights[:, None], ray_indices=ray, num_rays=num_rays
-        )
-        expected = accumulate_along_rays(
-            weights, samples.middles[:, None], ray_indices=ray, n_rays=num_rays
-        )
-        rgb = self._colour_of_rays(spatial, samples, weights, accumulation, ray_bundle)
+        rgb = self._colour_of_rays(spatial, colours, accumulation, ray_bundle)
         outputs = {
             "rgb": self._over_background(rgb, accumulation),
             "accumulation": accumulation,
-            "depth": expected / accumulation.clamp(min=1e-6),
+            "depth": distance / accumulation.clamp(min=1e-6),
         }
         if self.training:
             self._spatial_of_step = spatial
@@ -390,17 +384,15 @@ class MaskedWaveletModel(Model):
     def _colour_of_rays(
         self,
         spatial: SpatialField,
-        samples: PackedSamples,
-        weights: Float[Tensor, " N"],
+        shared: SharedColours,
         accumulation: Float[Tensor, "R 1"],
         rays: RayBundle,
     ) -> Float[Tensor, "R 3"]:
-        """Σ weight · colour, with colours of those samples only that matter."""
-        num_rays, config = len(rays), self.config
-        least = config.colour_weight_threshold if self.training else 0.0
-        ray, shares, points = share_colours(samples, weights, num_rays, least, config.colour_mass)
+        """Σ weight · colour; in rendering, with those colours only that matter."""
+        num_rays = len(rays)
+        ray, shares, points = shared
         if not self.training:
-            seen = shares > config.render_weight_threshold * accumulation[ray, 0]
+            seen = shares > self.config.render_weight_threshold * accumulation[ray, 0]
             ray, shares, points = ray[seen], shares[seen], points[seen]
             # What has no colour of its own counts as what the rest of its ray shows.
             coloured = accumulate_along_rays(shares, None, ray, num_rays)

@@ -132,8 +132,8 @@ class _Factors(NamedTuple):
 def _factors(planes: Sequence[Tensor], lines: Sequence[Tensor], axes) -> list[_Factors]:
     return [
         _Factors(
-            _flat(plane.movedim(0, -1)),
-            _flat(line.T),
+            _innermost(plane),
+            _innermost(line),
             (plane.shape[1], plane.shape[2], line.shape[1], plane.shape[0]),
             axis,
         )
@@ -190,18 +190,31 @@ def features_backward(
     found = _factors(planes, lines, axes)
     where = points.detach().contiguous().numpy()
     g = _flat(gradient).reshape(len(where), -1 if len(where) else 1)
-    of_planes, of_lines = (
-        [torch.empty(t.movedim(0, -1).shape, dtype=torch.float32) for t in kind]
-        for kind in (planes, lines)
-    )
+    outputs: list[list[tuple[Tensor, Tensor]]] = []
     tasks, offset = [], 0
-    for factors, plane, line in zip(found, of_planes, of_lines, strict=True):
-        arguments = g, offset, _flat(plane), _flat(line)
-        tasks.append(functools.partial(kernels.features_backward, where, *factors, *arguments))
+    num_parts = _parts_of_planes(len(found), torch.get_num_threads())
+    for factors, plane, line, parts in zip(found, planes, lines, num_parts, strict=True):
+        outputs.append([])
+        for part in _parts(len(where), parts):
+            out = [torch.empty(t.shape[1:] + t.shape[:1]) for t in (plane, line)]
+            arguments = g, offset, *map(_flat, out), *part
+            tasks.append(functools.partial(kernels.features_backward, where, *factors, *arguments))
+            outputs[-1].append((out[0], out[1]))
         offset += factors.shape[-1]
-    # Not finer: two threads that write channels side by side wait for each other's cache lines.
+    # Not by channels: threads that write side by side wait for each other's cache lines.
     threads.run(tasks)
-    return [t.movedim(-1, 0) for t in (*of_planes, *of_lines)]
+    for (of_plane, of_line), *others in outputs:
+        for other_plane, other_line in others:
+            of_plane += other_plane
+            of_line += other_line
+    return [outputs[i][0][kind].movedim(-1, 0) for kind in (0, 1) for i in range(len(outputs))]
+
+
+def _parts_of_planes(num_planes: int, num_threads: int) -> list[int]:
+    """In how many parts each plane's points are dealt with, so that threads are done together."""
+    num_whole = num_planes // num_threads * num_threads
+    num_split = num_planes - num_whole
+    return [1] * num_whole + [-(-num_threads // max(num_split, 1))] * num_split
 
 
 # --- transform, masks and quantiser ---------------------------------------------------------------
@@ -273,7 +286,7 @@ def merge(
     kernels = _kernels()
     assert kernels is not None
     channels = approximation.shape[0]
-    bands = [_flat(t.movedim(0, -1)) for t in (approximation, *details)]
+    bands = [_innermost(t) for t in (approximation, *details)]
     plane = kernels.merge_levels(np.concatenate(bands), levels, channels)
     H, W = levels.table[-1, (0, 2), 1]
     return torch.from_numpy(plane).view(int(H), int(W), channels).movedim(-1, 0)
@@ -286,7 +299,7 @@ def split(
     kernels = _kernels()
     assert kernels is not None
     channels = plane.shape[0]
-    bands = torch.from_numpy(kernels.split_levels(_flat(plane.movedim(0, -1)), levels, channels))
+    bands = torch.from_numpy(kernels.split_levels(_innermost(plane), levels, channels))
     sizes = [(int(h), int(w), channels) for h, w in levels.table[:, (0, 2), 1]]
     parts = bands.split([math.prod(sizes[0]), *(3 * math.prod(size) for size in sizes)])
     details = [part.view(3, *size) for part, size in zip(parts[1:], sizes, strict=True)]
@@ -308,7 +321,7 @@ class Bands(NamedTuple):
     def arrays(self) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
         """Values and logits, flat, channels innermost."""
         values, logits = (
-            tuple(_flat(t.movedim(0, -1)) for t in level) for level in (self.values, self.logits)
+            tuple(_innermost(t) for t in level) for level in (self.values, self.logits)
         )
         return values, logits
 
@@ -365,7 +378,7 @@ def masked_spatial_backward(
     def work(grid: Bands, gradient: Tensor, steps: np.ndarray) -> list[Tensor]:
         found = torch.empty(2, _num_values(grid))
         kernels.masked_spatial_backward(
-            _flat(gradient.movedim(0, -1)),
+            _innermost(gradient),
             *grid.arrays(),
             np.float32(threshold),
             np.float32(grid.largest),
@@ -375,16 +388,20 @@ def masked_spatial_backward(
             np.float32(of_logit_sum),
             *(row.numpy() for row in found),
         )
-        shapes = [t.movedim(0, -1).shape for t in grid.values]
-        parts = found.split([shape.numel() for shape in shapes], dim=1)
+        starts = [0, *itertools.accumulate(t.numel() for t in grid.values)]
         return [
-            part[kind].view(shape).movedim(-1, 0)
+            found.as_strided(t.shape, _strides(t.shape), at + kind * starts[-1])
             for kind in (0, 1)
-            for part, shape in zip(parts, shapes, strict=True)
+            for t, at in zip(grid.values, starts, strict=False)
         ]
 
     tasks = [functools.partial(work, *some) for some in zip(grids, gradients, steps, strict=True)]
     return list(itertools.chain.from_iterable(threads.run(tasks, list(map(_num_values, grids)))))
+
+
+def _strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """In memory, of a tensor with channels, its first axis, innermost."""
+    return 1, *(math.prod((*shape[i:], shape[0])) for i in range(2, len(shape) + 1))
 
 
 def _num_values(grid: Bands) -> int:
@@ -421,6 +438,75 @@ def occupied_samples(
     arguments = *rays, start, step, valid, offsets, *outputs
     _split_range(functools.partial(kernels.pack_places, *arguments), num_rays, num_steps)
     return ray, middles, points
+
+
+# --- volume rendering -----------------------------------------------------------------------------
+
+
+class Composited(NamedTuple):
+    """What :func:`composite` gives; arrays that its gradient needs, too."""
+
+    shares: Float[Tensor, " M"]
+    accumulation: Float[Tensor, " R"]
+    distance: Float[Tensor, " R"]
+    ray: Int[Tensor, " M"]
+    centres: Float[Tensor, "M 3"]
+    kept: tuple[np.ndarray, ...]
+    """Middles, light, weights, groups, and where the samples of a ray start."""
+
+
+def composite(
+    optical_depth: Float[Tensor, " N"],
+    ray: Int[Tensor, " N"],
+    middles: Float[Tensor, " N"],
+    lengths: Float[Tensor, " N"] | float,
+    points: Float[Tensor, "N 3"],
+    num_rays: int,
+    least: float,
+    most: float,
+) -> Composited:
+    """Weights of volume rendering, their sums, and shared colours: see ``sampling.composite``."""
+    kernels = _kernels()
+    assert kernels is not None
+    depths, where = _flat(optical_depth), _flat(middles)
+    sizes = _flat(lengths) if isinstance(lengths, Tensor) else np.full(1, lengths, np.float32)
+    bounds = np.searchsorted(_flat(ray), np.arange(num_rays + 1))
+    light, weights = (np.empty(len(depths), np.float32) for _ in range(2))
+    groups, counts = np.empty(len(depths), np.int64), np.empty(num_rays, np.int64)
+    sums = torch.empty(2, num_rays)
+    limits = np.float32(least), np.float32(most)
+    filled = light, weights, groups, counts, *sums.numpy()
+    work = functools.partial(kernels.composite, depths, where, sizes, bounds, *limits, *filled)
+    width = max(1, len(depths) // max(num_rays, 1))
+    _split_range(work, num_rays, width)
+
+    offsets = np.concatenate((np.zeros(1, np.int64), counts.cumsum()))
+    num_groups = int(offsets[-1])
+    shares, centres = torch.zeros(num_groups), torch.zeros(num_groups, 3)
+    of_ray = torch.empty(num_groups, dtype=torch.int64)
+    filled = shares.numpy(), centres.numpy(), of_ray.numpy()
+    places = points.detach().contiguous().numpy()
+    work = functools.partial(kernels.share, weights, places, groups, bounds, offsets, *filled)
+    _split_range(work, num_rays, width)
+    kept = where, light, weights, groups, bounds
+    return Composited(shares, sums[0], sums[1], of_ray, centres, kept)
+
+
+def composite_backward(
+    kept: tuple[np.ndarray, ...],
+    of_shares: Float[Tensor, " M"],
+    of_accumulation: Float[Tensor, " R"],
+    of_distance: Float[Tensor, " R"],
+) -> Float[Tensor, " N"]:
+    """Gradient of the optical depths of :func:`composite`."""
+    kernels = _kernels()
+    assert kernels is not None
+    out = torch.empty(len(kept[0]))
+    sums = torch.stack((of_accumulation, of_distance)).numpy()
+    num_rays = sums.shape[1]
+    work = functools.partial(kernels.composite_backward, *kept, sums, _flat(of_shares), out.numpy())
+    _split_range(work, num_rays, max(1, len(out) // max(num_rays, 1)))
+    return out
 
 
 # --- inputs of the colour network -----------------------------------------------------------------
@@ -486,6 +572,13 @@ def keep_freed_memory() -> None:
 
 def _flat(tensor: Tensor) -> np.ndarray:
     return tensor.detach().contiguous().view(-1).numpy()
+
+
+def _innermost(tensor: Tensor) -> np.ndarray:
+    """Flat, with the first axis, channels, innermost."""
+    # In numpy, which makes a view in a tenth of the time: a step makes hundreds of these.
+    array = tensor.detach().numpy()
+    return array.transpose(*range(1, array.ndim), 0).reshape(-1)
 
 
 def _parts(size: int, num_parts: int) -> list[tuple[int, int]]:

@@ -94,8 +94,10 @@ def summed_features(points, plane, line, shape, axes, out, start, stop):
 
 
 @_jit
-def features_backward(points, plane, line, shape, axes, gradient, offset, plane_out, line_out):
-    """Writes the gradients of plane and line.
+def features_backward(
+    points, plane, line, shape, axes, gradient, offset, plane_out, line_out, start, stop
+):
+    """Writes what points ``start … stop - 1`` give to the gradients of plane and line.
 
     ``gradient`` is that of :func:`features`, (N, width), read from column ``offset`` on; or, where
     its width is 1, that of :func:`summed_features`, the same for all channels.
@@ -104,12 +106,12 @@ def features_backward(points, plane, line, shape, axes, gradient, offset, plane_
     step = _u64(C)
     plane_out[:] = _f32(0)
     line_out[:] = _f32(0)
-    N, width = gradient.shape
+    width = gradient.shape[1]
     flat = gradient.reshape(-1)
     # One loop for each of the six targets: with one pointer to write through and one to read,
     # LLVM's check that they do not overlap is cheap, and the loop becomes vector instructions.
     of_line, of_plane = np.empty(C, _f32), np.empty(C, _f32)
-    for n in range(N):
+    for n in range(start, stop):
         a, b, l, w00, w01, w10, w11, gz, fz = _neighbours(points, n, shape, axes)
         if width == 1:
             scale = flat[_u64(n)]
@@ -635,3 +637,98 @@ def pack_places(
                 i += 1
                 if i == offsets[r + 1]:
                     break
+
+
+@_jit
+def composite(
+    depths,
+    middles,
+    lengths,
+    bounds,
+    least,
+    most,
+    light,
+    weights,
+    groups,
+    counts,
+    accumulation,
+    distance,
+    start,
+    stop,
+):
+    """Light that reaches each sample of rays ``start … stop - 1``, its weight and its group.
+
+    Samples of ray r are ``bounds[r] … bounds[r + 1] - 1``; ``lengths`` has one number, or one for
+    each. ``groups`` takes whose colour a sample shares, counted from 0 in every ray, or -1;
+    ``counts`` how many there are; ``accumulation`` and ``distance`` the sums of weights, and of
+    weights times ``middles``.
+    """
+    per_sample = len(lengths) > 1
+    for r in range(start, stop):
+        before, held = 0.0, 0.0
+        count, bin_before, alive_before = 0, _f32(0), False
+        total, far = _f32(0), _f32(0)
+        for i in range(bounds[r], bounds[r + 1]):
+            depth = depths[i]
+            light[i] = math.exp(-_f32(before))
+            weight = light[i] * -math.expm1(-depth)
+            weights[i] = weight
+            total += weight
+            far += weight * middles[i]
+            if depth == depth:
+                before += depth
+            alive = weight > least
+            groups[i] = -1
+            if alive:
+                here = math.floor((_f32(held) + weight * _f32(0.5)) / most)
+                held += weight
+                length = lengths[i if per_sample else 0]
+                same = alive_before and most > 0 and here == bin_before
+                if not (same and middles[i] - middles[i - 1] < _f32(1.5) * length):
+                    count += 1
+                groups[i] = count - 1
+                bin_before = here
+            alive_before = alive
+        counts[r] = count
+        accumulation[r], distance[r] = total, far
+
+
+@_jit
+def share(weights, points, groups, bounds, offsets, shares, centres, ray, start, stop):
+    """Sums each group's weights and takes the centre of mass of its points.
+
+    Groups of ray r become ``offsets[r]``, ``offsets[r] + 1``, …
+    """
+    for r in range(start, stop):
+        for i in range(bounds[r], bounds[r + 1]):
+            if groups[i] < 0:
+                continue
+            groups[i] += offsets[r]
+            g, weight = groups[i], weights[i]
+            ray[g] = r
+            shares[g] += weight
+            for axis in range(3):
+                centres[g, axis] += weight * points[i, axis]
+        for g in range(offsets[r], offsets[r + 1]):
+            for axis in range(3):
+                centres[g, axis] /= shares[g]
+
+
+@_jit
+def composite_backward(
+    middles, light, weights, groups, bounds, of_sums, of_shares, out, start, stop
+):
+    """Gradient of optical depths: ∂w_i · (light behind i) - Σ_{j>i} ∂w_j · w_j.
+
+    ``of_sums`` are the gradients of accumulation and distance, (2, R).
+    """
+    for r in range(start, stop):
+        behind = 0.0
+        for i in range(bounds[r + 1] - 1, bounds[r] - 1, -1):
+            of_weight = of_sums[0, r] + of_sums[1, r] * middles[i]
+            if groups[i] >= 0:
+                of_weight += of_shares[groups[i]]
+            out[i] = of_weight * (light[i] - weights[i]) - _f32(behind)
+            share = of_weight * weights[i]
+            if share == share:  # what is no number must not spread
+                behind += share

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from masked_wavelet_nerf import accelerators, native
 
@@ -170,6 +171,67 @@ def share_colours(
     masses = (held / shares.detach()[group])[:, None]
     points = samples.points.new_zeros(len(first), 3).index_add(0, group, masses * samples.points)
     return SharedColours(ray[first], shares, points)
+
+
+class Composite(NamedTuple):
+    """What volume rendering makes of the samples of rays."""
+
+    accumulation: Float[Tensor, "R 1"]
+    """Σ weight: the opacity of a ray."""
+    distance: Float[Tensor, "R 1"]
+    """Σ weight · distance."""
+    colours: SharedColours
+
+
+def composite(
+    samples: PackedSamples,
+    optical_depth: Float[Tensor, " N"],
+    num_rays: int,
+    least: float,
+    most: float,
+) -> Composite:
+    """Weights (:func:`render_weights`), their sums, and who shares a colour.
+
+    Args:
+        samples: packed samples.
+        optical_depth: density · length of each.
+        num_rays: R.
+        least: see :func:`share_colours`.
+        most: see :func:`share_colours`.
+    """
+    ray, middles, lengths, points = samples
+    numbers = [middles, points, *([lengths] if isinstance(lengths, Tensor) else [])]
+    has_gradients = any(t.requires_grad for t in numbers)
+    if native.serves(optical_depth, *numbers) and not has_gradients:
+        shares, accumulation, distance, of_colour, centres = _Composite.apply(
+            optical_depth, ray, middles, lengths, points, num_rays, least, most
+        )
+        colours = SharedColours(of_colour, shares, centres)
+        return Composite(accumulation[:, None], distance[:, None], colours)
+    weights = render_weights(optical_depth, ray, num_rays)
+    sums = torch.stack((weights, weights * middles), dim=-1)
+    sums = sums.new_zeros(num_rays, 2).index_add(0, ray, sums)
+    colours = share_colours(samples, weights, num_rays, least, most)
+    return Composite(sums[:, :1], sums[:, 1:], colours)
+
+
+class _Composite(torch.autograd.Function):
+    """:func:`composite` in compiled loops, with the gradient of the optical depth."""
+
+    @staticmethod
+    def forward(ctx, optical_depth, ray, middles, lengths, points, num_rays, least, most):
+        found = native.composite(
+            optical_depth, ray, middles, lengths, points, num_rays, least, most
+        )
+        ctx.kept = found.kept
+        ctx.mark_non_differentiable(found.ray, found.centres)
+        return found[:-1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, of_shares, of_accumulation, of_distance, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
+        found = native.composite_backward(ctx.kept, of_shares, of_accumulation, of_distance)
+        return found, *(None,) * 7
 
 
 class OccupancyGrid(nn.Module):

@@ -230,7 +230,7 @@ def test_kernels_stay_within_their_arrays(resolution, num_channels):
             line_out, line_whole = guarded(np.full_like(line_in, np.nan), 7)
             for some in (points, chosen):  # the second call starts from zero again
                 rest = gradient[: len(some)], int(columns > 1), plane_out, line_out
-                native_kernels.features_backward(some, *arguments[1:], *rest)
+                native_kernels.features_backward(some, *arguments[1:], *rest, 0, len(some))
             assert_guards(plane_whole, 7)
             assert_guards(line_whole, 7)
             assert np.isfinite(plane_out).all() and np.isfinite(line_out).all()
@@ -274,7 +274,7 @@ def test_features_of_any_number_of_threads(summed, num_points):
     spatial, points = factors(5, (7, 10, 13)), random_points(num_points)
     gradient = upstream(num_points, 5, summed)
     expected, expected_gradients = evaluate(spatial, points, summed, gradient)
-    for num_threads in (2, 3):
+    for num_threads in (2, 3, 4, 7):
         torch.set_num_threads(num_threads)
         found, gradients = evaluate(spatial, points, summed, gradient)
         again, same = evaluate(spatial, points, summed, gradient)
