@@ -2,6 +2,7 @@
 # make test   sets everything up, then runs the tests
 # make lint   formatting, lint and types
 # make bench  DATA=folder of a capture [PRESET=configs/lego_100.toml]
+# make codecs  sizes and times of the codec
 # make profile  where the time of a training step and of a frame goes
 
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.10 python3,$(shell \
@@ -10,7 +11,7 @@ PRESET ?= configs/lego_100.toml
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint bench profile transforms setup clean
+.PHONY: demo test lint bench profile transforms codecs setup clean
 
 demo: $(READY)
 	$(BIN)/mwnerf demo
@@ -32,6 +33,9 @@ profile: $(READY)
 
 transforms: $(READY)
 	$(BIN)/python -m masked_wavelet_nerf.bench_transform
+
+codecs: $(READY)
+	$(BIN)/python -m masked_wavelet_nerf.bench_codec
 
 setup: $(READY)
 

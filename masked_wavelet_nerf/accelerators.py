@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from masked_wavelet_nerf import native
+from masked_wavelet_nerf.masking import RoundedLinear
 
 _WIDTHS = (16, 32, 64, 128)
 """Hidden widths of tiny-cuda-nn's fully fused networks."""
@@ -77,7 +78,8 @@ def flat_weights(network: nn.Sequential) -> Float[Tensor, " _"]:
     for i, layer in enumerate(layers):
         below = -layer.out_features % _PADDING if i == len(layers) - 1 else 0
         right = -layer.in_features % _PADDING if i == 0 else 0
-        rows.append(F.pad(layer.weight, (0, right, 0, below)).flatten())
+        weight = layer.used()[0] if isinstance(layer, RoundedLinear) else layer.weight
+        rows.append(F.pad(weight, (0, right, 0, below)).flatten())
     return torch.cat(rows)
 
 

@@ -23,7 +23,7 @@ import masked_wavelet_codec as codec
 from masked_wavelet_nerf import __version__, report
 from masked_wavelet_nerf.clock import peak_bytes
 from masked_wavelet_nerf.errors import UserError
-from masked_wavelet_nerf.export import export_run
+from masked_wavelet_nerf.export import ProfileName, export_run
 from masked_wavelet_nerf.presets import Preset, load_preset
 from masked_wavelet_nerf.runs import evaluate, open_run, write_run
 
@@ -40,7 +40,7 @@ class Bench:
     """TOML file under configs/."""
     data: Path
     """Folder of the capture."""
-    profile: Literal["paper"] = "paper"
+    profile: ProfileName = "range"
     """Coding profile of the export."""
     output_dir: Path | None = None
     """Where the run goes; a temporary folder if not given."""
@@ -96,7 +96,7 @@ def run_preset(
     data: Path,
     output_dir: Path,
     *,
-    profile: str = "paper",
+    profile: ProfileName = "range",
     flags: list[str] | None = None,
     num_views: int | None = None,
     downscale: int = 1,
@@ -121,7 +121,10 @@ def run_preset(
 
     start = time.perf_counter()
     path, description = export_run(
-        run, output_dir / "scene.mwnf", profile=profile, psnr=before.psnr
+        run,
+        output_dir / "scene.mwnf",
+        profile=profile,
+        psnr=before.psnr,
     )
     encode_seconds = time.perf_counter() - start
     data_bytes = path.read_bytes()
@@ -135,10 +138,12 @@ def run_preset(
     steps = run.step + 1
     row = {
         "preset": preset.name,
+        "profile": profile,
         "psnr_before": before.psnr,
         "psnr_after": after.psnr,
         "ssim": after.ssim,
         "bytes": description.num_bytes,
+        "estimated_bytes": float(run.model.estimated_bytes(run.model.field.to_spatial().kept)),
         "bytes_by_part": description.parts,
         "dropped": report.dropped_fraction(description),
         "integers_equal": _same_integers(run.model, decoded.model, scene.bits),

@@ -12,6 +12,7 @@ from rich.console import Console
 
 import masked_wavelet_codec as codec
 from masked_wavelet_nerf import report
+from masked_wavelet_nerf.errors import UserError
 
 
 @dataclass
@@ -24,10 +25,15 @@ class Decode:
     """Folder of the run: config.yml and the checkpoint go there."""
     data: Path | None = None
     """Folder of the capture on this machine; nerfstudio's tools read its cameras and photos."""
+    levels: int | None = None
+    """Detail levels to decode, coarse first, 0 for none: a coarser scene. The first part of a file,
+    up to the end of a level, decodes by itself to as many levels as it holds."""
 
     def main(self) -> None:
         """Decode, write the run, and say how to open it."""
-        decoded = codec.read(self.scene)
+        if self.levels is not None and self.levels < 0:
+            raise UserError(f"--levels {self.levels}: expected 0 or more")
+        decoded = codec.read(self.scene, levels=self.levels)
         from masked_wavelet_nerf.runs import write_run
 
         config_path = write_run(decoded, self.output_dir, self.data)

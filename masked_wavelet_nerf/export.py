@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,8 @@ import masked_wavelet_codec as codec
 from masked_wavelet_nerf import report
 from masked_wavelet_nerf.runs import Evaluation, Run, evaluate, open_run, scene_of_run
 from masked_wavelet_nerf.scene import load_scene_into
+
+ProfileName = Literal["range", "paper"]
 
 
 @dataclass
@@ -29,8 +31,10 @@ class ExportMaskedWavelet:
     """Path to the output directory."""
     filename: str = "scene.mwnf"
     """Name of the file in it."""
-    profile: Literal["paper"] = "paper"
-    """How coefficients are coded. paper: mask run lengths, Huffman, survivors as bytes."""
+    profile: ProfileName = "range"
+    """How the scene is coded. range: every coefficient knowing what came before it, networks as
+    integers. paper: the paper's pipeline (run lengths, Huffman, raw floats), for comparison: twice
+    as large."""
     data: Path | None = None
     """Where the capture is now, if not where the run was trained from."""
     evaluate: bool = True
@@ -70,7 +74,7 @@ def export_run(
     run: Run,
     path: Path,
     *,
-    profile: str = "paper",
+    profile: ProfileName = "range",
     psnr: float | None = None,
     notes: dict[str, str | None] | None = None,
 ) -> tuple[Path, codec.Description]:
@@ -90,6 +94,12 @@ def export_run(
     if psnr is not None:
         meta["psnr"] = round(psnr, 4)
     scene = scene_of_run(run, meta)
+    if profile == "paper":  # which knows floats only: those that the integers stand for
+        networks = {
+            name: array.to_floats() if isinstance(array, codec.QuantisedArray) else array
+            for name, array in scene.networks.items()
+        }
+        scene = replace(scene, networks=networks)
     path.parent.mkdir(parents=True, exist_ok=True)
     codec.write(path, scene, profile)
     return path, codec.describe(path.read_bytes())

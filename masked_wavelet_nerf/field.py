@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from masked_wavelet_nerf import accelerators, native
+from masked_wavelet_nerf.masking import RoundedLinear
 from masked_wavelet_nerf.planes import (
     CoefficientGrid,
     FactorisedGrid,
@@ -42,6 +43,7 @@ class FieldConfig:
     hidden_dim: int = 128
     num_frequencies: int = 2
     network_biases: bool = True
+    network_bits: int | None = 8
     density_shift: float = -10.0
     transform: TransformName = "wavelet"
     wavelet: str = "bior4.4"
@@ -93,16 +95,20 @@ class WaveletPlaneField(nn.Module):
 
         self.density_grid = grid(config.num_density_components)
         self.appearance_grid = grid(config.num_appearance_components)
-        self.appearance_map = nn.Linear(
-            self.appearance_grid.num_features, config.appearance_dim, bias=False
+
+        def linear(num_inputs: int, num_outputs: int, bias: bool) -> RoundedLinear:
+            return RoundedLinear(num_inputs, num_outputs, bias, config.network_bits)
+
+        self.appearance_map = linear(
+            self.appearance_grid.num_features, config.appearance_dim, False
         )
         input_dim = (config.appearance_dim + 3) * (1 + 2 * config.num_frequencies)
         self.colour_network = nn.Sequential(
-            nn.Linear(input_dim, config.hidden_dim, bias=config.network_biases),
+            linear(input_dim, config.hidden_dim, config.network_biases),
             nn.ReLU(inplace=True),
-            nn.Linear(config.hidden_dim, config.hidden_dim, bias=config.network_biases),
+            linear(config.hidden_dim, config.hidden_dim, config.network_biases),
             nn.ReLU(inplace=True),
-            nn.Linear(config.hidden_dim, 3, bias=config.network_biases),
+            linear(config.hidden_dim, 3, config.network_biases),
         )
         last = self.colour_network[-1]
         assert isinstance(last, nn.Linear)
@@ -163,10 +169,11 @@ class WaveletPlaneField(nn.Module):
         frequencies = self.config.num_frequencies
         if native.serves(appearance, directions):
             first = self.colour_network[0]
-            assert isinstance(first, nn.Linear)
+            assert isinstance(first, RoundedLinear)
             inputs = _Encoding.apply(appearance, directions, frequencies)
-            weight = F.pad(first.weight, (0, inputs.shape[1] - first.in_features))
-            return self.colour_network[1:](F.linear(inputs, weight, first.bias))
+            weight, bias = first.used()
+            weight = F.pad(weight, (0, inputs.shape[1] - first.in_features))
+            return self.colour_network[1:](F.linear(inputs, weight, bias))
         inputs = torch.cat(
             (
                 appearance,
@@ -177,6 +184,12 @@ class WaveletPlaneField(nn.Module):
             dim=-1,
         )
         return accelerators.run_network(self.colour_network, inputs)
+
+    def round_networks(self) -> None:
+        """From now on, train networks as the integers that they become in the file."""
+        for module in (self.appearance_map, *self.colour_network):
+            if isinstance(module, RoundedLinear):
+                module.is_rounding = True
 
     def upsample(self, resolution: tuple[int, int, int]) -> None:
         """Resizes both grids; sampled features stay where they were."""

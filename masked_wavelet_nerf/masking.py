@@ -19,8 +19,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int16
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
@@ -58,9 +59,9 @@ def keep(
 
 
 def quantiser_step(
-    values: Float[Tensor, "C B *n"], kept: Bool[Tensor, "C B *n"], bits: int
+    values: Float[Tensor, "*n"], kept: Bool[Tensor, "*n"], bits: int
 ) -> Float[Tensor, ""]:
-    """Δ of one band: max |v| over what is kept, over Q; 1 where nothing is kept or all is zero.
+    """Δ of a band or weight: max |v| over what is kept, over Q; 1 where nothing is, or all is zero.
 
     Stays on the device: no host synchronisation.
     """
@@ -138,3 +139,51 @@ def quantise_to_integers(
     largest = largest_integer(bits)
     integers = ((values / step).round_().clamp_(-largest, largest) * kept).to(torch.int16)
     return QuantisedBand(integers, integers != 0, step)
+
+
+class _Round(torch.autograd.Function):
+    """Δ · round(v / Δ), gradients straight through."""
+
+    @staticmethod
+    def forward(ctx, values, bits):
+        integers, step = round_to_integers(values, bits)
+        return integers.mul_(step)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grad_outputs):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad_outputs[0], None
+
+
+def round_to_integers(
+    values: Float[Tensor, "*n"], bits: int
+) -> tuple[Float[Tensor, "*n"], Float[Tensor, ""]]:
+    """Integers within ±Q, as floats, and the step Δ of all of them: max |v| / Q."""
+    step = quantiser_step(values, torch.ones_like(values, dtype=torch.bool), bits)
+    return (values.detach() / step).round_(), step
+
+
+class RoundedLinear(nn.Linear):
+    """A linear map that computes with the integers that a file stores.
+
+    In evaluation always; in training once ``is_rounding`` is set, so that it learns to live with
+    them.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, bits: int | None = None
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.bits = bits
+        self.is_rounding = False
+
+    def used(self) -> tuple[Float[Tensor, "_ _"], Float[Tensor, " _"] | None]:
+        """Weight and bias, rounded where they have to be."""
+        if self.bits is None or (self.training and not self.is_rounding):
+            return self.weight, self.bias
+        bias = None if self.bias is None else _Round.apply(self.bias, self.bits)
+        return _Round.apply(self.weight, self.bits), bias
+
+    def forward(self, input: Float[Tensor, "*batch _"]) -> Float[Tensor, "*batch _"]:
+        """See :class:`torch.nn.Linear`."""
+        return F.linear(input, *self.used())

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 import tyro
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from nerfacc import accumulate_along_rays
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.scene_box import SceneBox
@@ -40,7 +40,7 @@ from masked_wavelet_nerf.errors import UserError
 from masked_wavelet_nerf.field import FieldConfig, SpatialField, WaveletPlaneField
 from masked_wavelet_nerf.metrics import ImageMetrics
 from masked_wavelet_nerf.planes import PlanesName, ReduceName
-from masked_wavelet_nerf.rate import PenaltyName, estimate_bytes, mask_penalty
+from masked_wavelet_nerf.rate import PenaltyName, estimate_bytes, estimate_side_bytes, mask_penalty
 from masked_wavelet_nerf.sampling import (
     OccupancyGrid,
     PackedSamples,
@@ -101,6 +101,11 @@ class MaskedWaveletModelConfig(ModelConfig):
     """Frequencies of the encoding of appearance features and view direction."""
     network_biases: bool = True
     """Give the colour network biases, as in the paper. Without, tiny-cuda-nn can run it on CUDA."""
+    network_bits: int | None = 8
+    """Width of the integers, 2 to 16, that appearance map and colour network become in evaluation
+    and in the file; None keeps floats, four times as large."""
+    network_rounding_step: int = 15000
+    """Step from which training computes with those integers, too: matters below 8 bits."""
     density_shift: float = -10.0
     """Density = softplus(features + shift): how empty the scene starts."""
     distance_scale: float = 25.0
@@ -176,6 +181,7 @@ class MaskedWaveletModelConfig(ModelConfig):
             hidden_dim=self.hidden_dim,
             num_frequencies=self.num_frequencies,
             network_biases=self.network_biases,
+            network_bits=self.network_bits,
             density_shift=self.density_shift,
             transform=self.transform,
             wavelet=self.wavelet,
@@ -208,6 +214,7 @@ class MaskedWaveletModel(Model):
         self.renderer_rgb = RGBRenderer(background_color=config.background_color)
         self.image_metrics = ImageMetrics()
         self._spatial: SpatialField | None = None
+        self._side: tuple[Tensor, Tensor] | None = None
         self._shown_in_image: tuple[int, float] | None = None
         self._on_box_changed()
 
@@ -483,10 +490,25 @@ class MaskedWaveletModel(Model):
             kept = self._spatial_of_step.kept
             metrics["kept"] = torch.cat(kept).sum() / sum(map(sum, self._totals()))
             metrics.update(self._kept_by_level(kept))
-            metrics["estimated_bytes"] = estimate_bytes(
-                kept, self._totals(), self.config.bits or 32, self._num_network_parameters()
-            )
+            metrics["estimated_bytes"] = self.estimated_bytes(kept)
         return metrics
+
+    def estimated_bytes(self, kept: list[Int[Tensor, " _"]]) -> Float[Tensor, ""]:
+        """Size of the file that an export would write now, in the ``range`` profile.
+
+        Args:
+            kept: see :class:`SpatialField`.
+        """
+        cells = self.occupancy.cells
+        if self._side is None or self._side[0] is not cells:
+            self._side = cells, estimate_side_bytes(cells, self.num_train_data)
+        return self._side[1] + estimate_bytes(
+            kept,
+            sum(map(sum, self._totals())),
+            self.config.bits or 8,
+            self._num_network_parameters(),
+            self.config.network_bits,
+        )
 
     def _kept_by_level(self, kept: list[Tensor]) -> dict[str, Tensor]:
         num_levels = self.config.levels + 1
@@ -554,12 +576,22 @@ class MaskedWaveletModel(Model):
         steps = {*self.config.occupancy_steps, *self.config.upsample_steps}
         return [
             TrainingCallback(
+                where_to_run=[TrainingCallbackLocation.BEFORE_TRAIN_ITERATION],
+                update_every_num_iters=1,
+                func=self._round_networks,
+            ),
+            TrainingCallback(
                 where_to_run=[TrainingCallbackLocation.AFTER_TRAIN_ITERATION],
                 iters=tuple(sorted(steps)),
                 func=self._follow_schedule,
                 kwargs={"attributes": attributes},
-            )
+            ),
         ]
+
+    def _round_networks(self, step: int) -> None:
+        # At every step, as a resumed run may start anywhere.
+        if step >= self.config.network_rounding_step:
+            self.field.round_networks()
 
     @torch.no_grad()
     def _follow_schedule(self, attributes: TrainingCallbackAttributes, step: int) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 PenaltyName = Literal["mean", "sum"]
@@ -32,29 +32,44 @@ def mask_penalty(logits: Sequence[Float[Tensor, "..."]], form: PenaltyName) -> F
     return torch.stack([torch.sigmoid(level).sum() for level in logits]).sum() / total
 
 
+_MASK_SHARE = 0.64
+_BITS_SAVED = 1.0
+_NETWORK_BITS_SAVED = 1.8
+_BITS_PER_FACE = 0.46
+_BYTES_PER_CAMERA = 41
+_REST = 1400
+"""How the coder does on trained models; fitted to files of lego_100 of 6 to 8 bits, 95 to 99.5 %
+dropped, of which whole files were never more than 5 % off."""
+
+
 def estimate_bytes(
     kept: Sequence[Int[Tensor, " _"]],
-    totals: Sequence[Sequence[int]],
+    num_coefficients: int,
     bits: int,
     num_network_parameters: int,
+    network_bits: int | None,
 ) -> Float[Tensor, ""]:
-    """Bytes of a file in the ``paper`` profile, without its small parts (container, cameras).
+    """Bytes of coefficients and networks in the ``range`` profile.
 
-    Every level costs the entropy of its mask, one whole number of bytes for each survivor, and the
-    networks four bytes a parameter. Stays on the device. The mask's entropy ignores that survivors
-    cluster, so the estimate is high rather than low.
+    A survivor costs a share of log2(all / survivors), for where it is, and a little less than its
+    bits; so does a weight of a network. Stays on the device.
 
     Args:
         kept: kept coefficients per grid and level.
-        totals: coefficients per grid and level.
+        num_coefficients: all of them.
         bits: quantiser width.
         num_network_parameters: parameters of the appearance map and the colour network.
+        network_bits: width of their integers; None for floats.
     """
-    count = torch.cat(list(kept)).to(torch.float32)
-    total = torch.tensor([n for grid in totals for n in grid], dtype=torch.float32)
-    total = total.to(count.device, non_blocking=True)
-    fraction = count / total
-    entropy = torch.special.entr(fraction) + torch.special.entr(1 - fraction)
-    mask_bytes = (total * entropy).sum() / (8 * torch.log(torch.tensor(2.0)))
-    bytes_per_survivor = 1 if bits <= 8 else 2
-    return mask_bytes + count.sum() * bytes_per_survivor + 4 * num_network_parameters
+    count = torch.cat(list(kept)).sum().to(torch.float32)
+    where = _MASK_SHARE * torch.log2(num_coefficients / count.clamp(min=1))
+    per_weight = 32 if network_bits is None else max(network_bits - _NETWORK_BITS_SAVED, 0.5)
+    per_kept = where + max(bits - _BITS_SAVED, 1)
+    return (count * per_kept + num_network_parameters * per_weight) / 8
+
+
+def estimate_side_bytes(occupied: Bool[Tensor, "X Y Z"], num_cameras: int) -> Float[Tensor, ""]:
+    """Bytes of what else is in a file: the occupancy's surface, cameras, and the frame."""
+    faces = sum((occupied.diff(dim=axis)).sum() for axis in range(3))
+    surface = torch.as_tensor(faces, dtype=torch.float32, device=occupied.device)
+    return surface * (_BITS_PER_FACE / 8) + _BYTES_PER_CAMERA * num_cameras + _REST

@@ -44,12 +44,13 @@ def to_json(description: Description) -> dict[str, Any]:
         "kept_by_level": {
             key: kept / max(total, 1) for key, (kept, total) in kept_by_level(description).items()
         },
+        "prefixes": list(description.prefixes),
         "meta": description.meta,
     }
 
 
 def tables(description: Description) -> Group:
-    """Bytes by part, and coefficients by level."""
+    """Bytes by part, coefficients by level, and bytes up to each level."""
     size = Table(title=f"{description.num_bytes:,} bytes ({description.profile} profile)")
     size.add_column("part")
     size.add_column("bytes", justify="right")
@@ -67,4 +68,9 @@ def tables(description: Description) -> Group:
     levels.add_column("fraction", justify="right")
     for key, (kept, total) in kept_by_level(description).items():
         levels.add_row(key, f"{kept:,}", f"{total:,}", f"{kept / max(total, 1):.2%}")
-    return Group(size, levels)
+    prefixes = Table(title="The first bytes of the file are a coarser scene (decode --levels)")
+    prefixes.add_column("levels", justify="right")
+    prefixes.add_column("bytes", justify="right")
+    for level, num_bytes in enumerate(description.prefixes):
+        prefixes.add_row(str(level), f"{num_bytes:,}")
+    return Group(size, levels, prefixes)

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from masked_wavelet_codec import Band, Cameras, Grid, Scene
+from masked_wavelet_codec import Band, Cameras, Grid, QuantisedArray, Scene
 from masked_wavelet_nerf.errors import UserError
 from masked_wavelet_nerf.field import WaveletPlaneField
-from masked_wavelet_nerf.masking import QuantisedBand
+from masked_wavelet_nerf.masking import QuantisedBand, round_to_integers
 from masked_wavelet_nerf.planes import CoefficientGrid
 from masked_wavelet_nerf.sampling import OccupancyGrid
 
@@ -40,7 +40,10 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 def scene_from_model(
-    model: _Model, bits: int, meta: Mapping[str, Any], cameras: Cameras | None
+    model: _Model,
+    bits: int,
+    meta: Mapping[str, Any],
+    cameras: Cameras | None,
 ) -> Scene:
     """The scene that the codec writes.
 
@@ -62,10 +65,21 @@ def scene_from_model(
         meta={**meta, "box": [[float(x) for x in corner] for corner in model.aabb.tolist()]},
         bits=bits,
         grids=tuple(grids),
-        networks={name: _array(value) for name, value in model.field.networks().items()},
+        networks={
+            name: _stored(value, model.field.config.network_bits)
+            for name, value in model.field.networks().items()
+        },
         occupancy=_array(cells) if cells.numel() > 1 else None,
         cameras=cameras,
     )
+
+
+def _stored(weights: Tensor, bits: int | None) -> np.ndarray | QuantisedArray:
+    """Weights as the integers that the model computes with, or as they are."""
+    if bits is None:
+        return _array(weights)
+    integers, step = round_to_integers(weights, bits)
+    return QuantisedArray(_array(integers.to(torch.int16)), float(step))
 
 
 @torch.no_grad()
@@ -89,6 +103,8 @@ def load_scene_into(model: _Model, scene: Scene) -> None:
         )
     for name, parameter in networks.items():
         stored = scene.networks[name]
+        if isinstance(stored, QuantisedArray):
+            stored = stored.to_floats()
         if tuple(stored.shape) != tuple(parameter.shape):
             raise SceneMismatchError(
                 f"networks {name}: expected shape {tuple(parameter.shape)}, got {stored.shape}"

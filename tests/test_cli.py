@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import masked_wavelet_codec as codec
 from masked_wavelet_nerf import cli
 from masked_wavelet_nerf.presets import PresetError, load_preset
+from masked_wavelet_nerf.runs import open_run
 
 BIN = Path(sys.executable).parent
 
@@ -101,7 +103,7 @@ def test_ns_export_writes_the_same_file_as_bench(bench, tmp_path):
         "mwnerf bench and ns-export differ"
     )
     output = finished.stdout
-    for word in ("mask", "values", "networks", "level 0", "level 2", "dB before", "dB after"):
+    for word in ("coefficients", "networks", "level 0", "level 2", "dB before", "dB after"):
         assert word in output, word
 
 
@@ -142,13 +144,44 @@ def test_info_describes_the_file(bench):
     found = json.loads(run("mwnerf", "info", folder / "scene.mwnf", "--json").stdout)
     assert found["bytes"] == row["bytes"]
     assert found["parts"] == row["bytes_by_part"]
-    assert found["profile"] == "paper"
+    assert found["profile"] == "range"
+    assert len(found["prefixes"]) == 3 and found["prefixes"][-1] == found["bytes"]
     assert found["dropped"] == pytest.approx(row["dropped"])
     assert set(found["kept_by_level"]) == {"level 0", "level 1", "level 2", "lines"}
     assert found["meta"]["psnr"] == pytest.approx(row["psnr_before"], abs=1e-3)
     table = run("mwnerf", "info", folder / "scene.mwnf").stdout
     assert f"{row['bytes']:,}" in table
-    assert "paper" in table
+    assert "range" in table and f"{found['prefixes'][0]:,}" in table
+
+
+def test_paper_profile_holds_the_same_scene_in_more_bytes(bench, tmp_path, capture):
+    row, folder = bench
+    config = folder / "masked-wavelet-bounded" / "trained" / "config.yml"
+    run(
+        "mwnerf", "export", "--load-config", config, "--data", capture, "--output-dir", tmp_path,
+        "--profile", "paper",
+    )  # fmt: skip
+    paper, ours = codec.read(tmp_path / "scene.mwnf"), codec.read(folder / "scene.mwnf")
+    assert (tmp_path / "scene.mwnf").stat().st_size > 1.5 * row["bytes"]
+    assert codec.equal(dataclasses.replace(ours, networks=paper.networks), paper)
+    for name, array in ours.networks.items():
+        assert isinstance(array, codec.QuantisedArray)
+        np.testing.assert_array_equal(array.to_floats(), paper.networks[name])
+
+
+def test_decode_levels_leaves_the_finer_ones_out(bench, tmp_path, capsys):
+    _, folder = bench
+    arguments = ["decode", str(folder / "scene.mwnf"), "--output-dir", str(tmp_path / "run")]
+    assert cli.main([*arguments, "--levels", "-1"]) == 2
+    assert "--levels -1: expected 0 or more" in capsys.readouterr().err
+    assert cli.main([*arguments, "--levels", "1"]) == 0
+    model = open_run(tmp_path / "run" / "config.yml").model
+    scene = codec.read(folder / "scene.mwnf")
+    grids = model.field.grids()
+    for stored in scene.grids:
+        for band, found in zip(stored.bands, grids[stored.name].integers(8), strict=True):
+            expected = band.values if band.level <= 1 else np.zeros_like(band.values)
+            np.testing.assert_array_equal(found.values.numpy(), expected)
 
 
 def test_ns_export_help_lists_our_subcommand():

@@ -6,7 +6,7 @@ import os
 import stat
 
 import pytest
-from test_codec_scenes import make_scene
+from test_codec_scenes import PROFILES, make_scene
 
 import masked_wavelet_codec as codec
 from masked_wavelet_codec import files
@@ -15,10 +15,26 @@ from masked_wavelet_codec import files
 def test_write_then_read(tmp_path):
     path = tmp_path / "scene.mwnf"
     assert codec.write(path, make_scene()) == path.stat().st_size
-    assert path.read_bytes() == codec.encode(make_scene())
+    assert path.read_bytes() == codec.encode(make_scene())  # the same profile, if none is named
     assert codec.equal(codec.read(path), make_scene())
     assert codec.equal(codec.read(os.fspath(path)), make_scene())
     assert os.listdir(tmp_path) == ["scene.mwnf"]
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_profile_is_passed_on(tmp_path, profile):
+    path = tmp_path / "scene.mwnf"
+    codec.write(path, make_scene(), profile)
+    assert path.read_bytes() == codec.encode(make_scene(), profile)
+    assert codec.describe(path.read_bytes()).profile == profile
+
+
+def test_levels_are_passed_on(tmp_path):
+    path = tmp_path / "scene.mwnf"
+    codec.write(path, make_scene())
+    read = codec.read(path, levels=1)
+    assert codec.equal(read, codec.decode(path.read_bytes(), levels=1))
+    assert not codec.equal(read, make_scene())
 
 
 def test_overwrites(tmp_path):
@@ -72,7 +88,7 @@ def test_scene_that_cannot_be_encoded_leaves_the_old_file(tmp_path):
     path = tmp_path / "scene.mwnf"
     path.write_bytes(b"old")
     with pytest.raises(codec.CodecError, match="profile"):
-        codec.write(path, make_scene(), "range")
+        codec.write(path, make_scene(), "fast")
     with pytest.raises(codec.CodecError, match="meta"):
         codec.write(path, make_scene(meta={"a": float("nan")}))
     assert path.read_bytes() == b"old"

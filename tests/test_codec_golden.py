@@ -1,5 +1,6 @@
-"""Files written once, pinned byte for byte: format 1.0 is read and written like this for ever.
+"""Files written once, pinned byte for byte: they are read and written like this for ever.
 
+Those of profile ``paper`` are of format 1.0, those of ``range`` of 1.1.
 To write them anew after a deliberate change of the format (with a new version): run this module.
 """
 
@@ -8,7 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_codec_scenes import make_cameras, make_line, make_plane, make_scene
+from test_codec_scenes import (
+    PROFILES,
+    make_cameras,
+    make_line,
+    make_plane,
+    make_scene,
+    with_integers,
+)
 
 import masked_wavelet_codec as codec
 
@@ -17,23 +25,30 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def scene_of(name: str) -> codec.Scene:
     """The scene in each file, by formula."""
-    if name == "paper-8-bit":
-        return make_scene(8)
-    if name == "paper-12-bit":
+    profile, _, name = name.partition("-")
+    if name == "8-bit":
+        return with_integers(make_scene(8)) if profile == "range" else make_scene(8)
+    if name == "12-bit":
         grids = (
             make_plane("plane", (33, 20), 7, levels=3, bits=12, residue=1, modulus=23),
             make_line("line", 33, 7, bits=12),
         )
         return make_scene(12, grids=grids, meta={"text": ["long enough to be packed"] * 20})
-    if name == "paper-sparse":
+    if name == "sparse":
         # Long runs of zero bytes, levels without a survivor, nothing that is optional.
         grids = (make_plane("plane", (200, 130), 2, levels=4, residue=1, modulus=4099),)
         return codec.Scene({}, 8, grids, {}, None, None)
-    assert name == "paper-empty"
+    assert name == "empty"
     return codec.Scene({}, 2, (), {}, None, make_cameras(0))
 
 
-NAMES = ["paper-8-bit", "paper-12-bit", "paper-sparse", "paper-empty"]
+NAMES = [
+    f"{profile}-{name}" for profile in PROFILES for name in ("8-bit", "12-bit", "sparse", "empty")
+]
+
+
+def profile_of(name: str) -> str:
+    return name.partition("-")[0]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -43,7 +58,7 @@ def test_decodes_to_the_scene_of_the_formula(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_encodes_to_the_same_bytes(name):
-    assert codec.encode(scene_of(name)) == (GOLDEN / f"{name}.mwnf").read_bytes()
+    assert codec.encode(scene_of(name), profile_of(name)) == (GOLDEN / f"{name}.mwnf").read_bytes()
 
 
 def test_both_ways_to_store_a_block_are_pinned():
@@ -64,4 +79,4 @@ def test_every_golden_file_is_tested_and_small():
 if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
     for golden in NAMES:
-        codec.write(GOLDEN / f"{golden}.mwnf", scene_of(golden))
+        codec.write(GOLDEN / f"{golden}.mwnf", scene_of(golden), profile_of(golden))

@@ -13,21 +13,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_codec_scenes import (
+    PROFILES,
     largest,
     make_band,
     make_cameras,
     make_plane,
     make_scene,
     replace_band,
+    with_integers,
 )
 
 import masked_wavelet_codec as codec
 
 
-def assert_round_trip(scene: codec.Scene) -> codec.Scene:
-    decoded = codec.decode(codec.encode(scene))
-    assert codec.equal(decoded, scene)
-    return decoded
+def assert_round_trip(scene: codec.Scene) -> None:
+    for profile in PROFILES:
+        assert codec.equal(codec.decode(codec.encode(scene, profile)), scene), profile
 
 
 def one_band(mask: np.ndarray, bits: int = 8) -> codec.Scene:
@@ -127,19 +128,49 @@ def test_long_meta():
     assert_round_trip(make_scene(meta={"views": [{"psnr": i / 7} for i in range(5000)]}))
 
 
-def test_decoded_arrays_are_contiguous_writable_and_own_their_memory():
-    scene = codec.decode(codec.encode(make_scene()))
+def integers(*values: int, step: float = 0.5) -> codec.QuantisedArray:
+    return codec.QuantisedArray(np.array(values, np.int16), step)
+
+
+def test_networks_as_integers():
+    index = np.arange(3000)
+    wide = np.where(index % 7, index % 23 - 11, index * 31 % 65535 - 32767).astype(np.int16)
+    networks = {
+        "wide": codec.QuantisedArray(wide.reshape(3, 10, 100), 2.0**-9),
+        "limits": integers(32767, -32767, 0, 1, -1, step=0.0),
+        "zeros": integers(0, 0, 0),
+        "one": integers(-1),
+        "empty": codec.QuantisedArray(np.zeros((0, 4), np.int16), 1.0),
+        "scalar": codec.QuantisedArray(np.array(-7, np.int16), 1.0),
+        "floats": np.linspace(-1, 1, 50, dtype=np.float32),
+    }
+    scene = make_scene(networks=networks)
+    assert codec.equal(codec.decode(codec.encode(scene)), scene)
+
+
+def test_networks_as_integers_are_refused_in_profile_paper():
+    scene = make_scene(networks={"fine": np.zeros(3, np.float32), "coarse": integers(1, 2)})
+    with pytest.raises(codec.CodecError, match=r"networks\['coarse'\]: .*'paper' .*to_floats"):
+        codec.encode(scene, "paper")
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_decoded_arrays_are_contiguous_writable_and_own_their_memory(profile):
+    original = with_integers(make_scene()) if profile == "range" else make_scene()
+    scene = codec.decode(codec.encode(original, profile))
     arrays = [
         array for grid in scene.grids for band in grid.bands for array in (band.values, band.mask)
     ]
-    arrays += [*scene.networks.values(), scene.occupancy]
+    arrays += [scene.occupancy]
+    arrays += [getattr(array, "values", array) for array in scene.networks.values()]
     arrays += [getattr(scene.cameras, field.name) for field in dataclasses.fields(scene.cameras)]
     for array in arrays:
         assert array.flags.c_contiguous and array.flags.writeable and array.flags.aligned
         assert array.dtype.isnative
 
 
-def test_views_and_other_memory_orders_are_read_as_what_they_show():
+@pytest.mark.parametrize("profile", PROFILES)
+def test_views_and_other_memory_orders_are_read_as_what_they_show(profile):
     scene = make_scene()
     band = scene.grids[0].bands[1]
     twisted = replace_band(
@@ -150,31 +181,37 @@ def test_views_and_other_memory_orders_are_read_as_what_they_show():
         occupancy=scene.occupancy[::-1].copy()[::-1],
         networks={name: np.array(array, order="F") for name, array in scene.networks.items()},
     )
-    assert codec.encode(twisted) == codec.encode(scene)
+    assert codec.encode(twisted, profile) == codec.encode(scene, profile)
 
 
-def test_encoding_leaves_its_input_alone_and_gives_the_same_bytes():
-    scene = make_scene()
+@pytest.mark.parametrize("profile", PROFILES)
+def test_encoding_leaves_its_input_alone_and_gives_the_same_bytes(profile):
+    scene = with_integers(make_scene()) if profile == "range" else make_scene()
     before = copy.deepcopy(scene)
     for band in (band for grid in scene.grids for band in grid.bands):
         band.values.flags.writeable = band.mask.flags.writeable = False
-    first = codec.encode(scene)
+    for array in scene.networks.values():
+        getattr(array, "values", array).flags.writeable = False
+    scene.occupancy.flags.writeable = False
+    first = codec.encode(scene, profile)
     assert codec.equal(scene, before)
     assert list(scene.networks) == list(before.networks)
-    assert codec.encode(scene) == first == codec.encode(before)
+    assert codec.encode(scene, profile) == first == codec.encode(before, profile)
 
 
-def test_order_of_names_carries_no_meaning():
+@pytest.mark.parametrize("profile", PROFILES)
+def test_order_of_names_carries_no_meaning(profile):
     scene = make_scene()
     shuffled = make_scene(
         meta=dict(reversed(scene.meta.items())),
         networks=dict(reversed(scene.networks.items())),
     )
-    assert codec.encode(shuffled) == codec.encode(scene)
+    assert codec.encode(shuffled, profile) == codec.encode(scene, profile)
 
 
-def test_decodes_any_bytes_like():
-    data = codec.encode(make_scene())
+@pytest.mark.parametrize("profile", PROFILES)
+def test_decodes_any_bytes_like(profile):
+    data = codec.encode(make_scene(), profile)
     for other in (bytearray(data), memoryview(data), np.frombuffer(data, np.uint8)):
         assert codec.equal(codec.decode(other), make_scene())
 
@@ -225,6 +262,14 @@ metas = st.dictionaries(
 )
 
 
+def array(rng, shape, has_integers: bool) -> np.ndarray | codec.QuantisedArray:
+    if not has_integers or rng.random() < 0.3:
+        return np.array(rng.standard_normal(shape), np.float32)
+    limit = 2 ** int(rng.integers(0, 16)) - 1
+    values = np.array(rng.integers(-limit, limit, shape, np.int16, endpoint=True))
+    return codec.QuantisedArray(values, float(np.float32(rng.random())))
+
+
 @st.composite
 def scenes(draw) -> codec.Scene:
     bits = draw(st.integers(2, 16))
@@ -232,21 +277,22 @@ def scenes(draw) -> codec.Scene:
     shapes = draw(st.dictionaries(names, st.lists(st.integers(0, 4), max_size=4), max_size=3))
     box = draw(st.none() | st.tuples(*[st.integers(0, 9)] * 3))
     num_cameras = draw(st.none() | st.integers(0, 4))
+    has_integers = draw(st.booleans())
     return codec.Scene(
         meta=draw(metas),
         bits=bits,
         grids=tuple(draw(grids(bits, name)) for name in draw(st.sets(names, max_size=3))),
-        networks={
-            name: np.array(rng.standard_normal(shape), np.float32) for name, shape in shapes.items()
-        },
+        networks={name: array(rng, shape, has_integers) for name, shape in shapes.items()},
         occupancy=None if box is None else rng.random(box) < 0.3,
         cameras=None if num_cameras is None else make_cameras(num_cameras),
     )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(scenes())
 def test_any_scene(scene):
-    data = codec.encode(scene)
-    assert codec.equal(codec.decode(data), scene)
-    assert sum(codec.describe(data).parts.values()) == len(data)
+    is_float = all(isinstance(array, np.ndarray) for array in scene.networks.values())
+    for profile in PROFILES if is_float else ("range",):
+        data = codec.encode(scene, profile)
+        assert codec.equal(codec.decode(data), scene)
+        assert sum(codec.describe(data).parts.values()) == len(data)

@@ -9,6 +9,8 @@ import pytest
 
 import masked_wavelet_codec as codec
 
+PROFILES = ("paper", "range")
+
 
 def largest(bits: int) -> int:
     return 2 ** (bits - 1) - 1
@@ -86,6 +88,14 @@ def make_scene(bits: int = 8, **changes) -> codec.Scene:
     return dataclasses.replace(scene, **changes)
 
 
+def with_integers(scene: codec.Scene, step: float = 0.0625) -> codec.Scene:
+    """The scene with its largest network as the integers that its floats are sixteenths of."""
+    networks = dict(scene.networks)
+    values = (16 * networks["mlp.0.weight"]).astype(np.int16)
+    networks["mlp.0.weight"] = codec.QuantisedArray(values, step)
+    return dataclasses.replace(scene, networks=networks)
+
+
 def replace_band(scene: codec.Scene, grid: int, band: int, **changes) -> codec.Scene:
     """The scene with fields of one band changed."""
     bands = list(scene.grids[grid].bands)
@@ -127,6 +137,8 @@ def test_equal_tells_every_field_apart():
         make_scene(meta={**scene.meta, "psnr": 32}),
         make_scene(networks={**scene.networks, "background": np.array(-0.75, np.float32)}),
         make_scene(networks={**scene.networks, "background": np.array([0.75], np.float32)}),
+        with_integers(scene),
+        with_integers(scene, step=0.25),
         make_scene(occupancy=~scene.occupancy),
         make_scene(occupancy=None),
         make_scene(cameras=moved),
@@ -139,6 +151,11 @@ def test_equal_tells_every_field_apart():
     ]
     for number, other in enumerate(others):
         assert not codec.equal(scene, other), number
+    assert codec.equal(with_integers(scene), with_integers(make_scene()))
+    assert not codec.equal(with_integers(scene), with_integers(scene, step=0.25))
+    floats = with_integers(scene).networks["mlp.0.weight"].to_floats()
+    assert floats.dtype == np.float32
+    np.testing.assert_array_equal(floats, scene.networks["mlp.0.weight"])
 
 
 def test_equal_tells_zero_from_minus_zero_and_true_from_one():

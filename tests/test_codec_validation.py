@@ -21,9 +21,9 @@ def test_not_a_scene():
     refuse({"meta": {}}, "scene: expected Scene, got dict")
 
 
-@pytest.mark.parametrize("profile", ["range", "fast", "", None])
+@pytest.mark.parametrize("profile", ["Range", "fast", "", None])
 def test_unknown_profile(profile):
-    with pytest.raises(codec.CodecError, match="profile: expected 'paper', got"):
+    with pytest.raises(codec.CodecError, match=r"profile: expected one of \['paper', 'range'\]"):
         codec.encode(make_scene(), profile)
 
 
@@ -155,11 +155,25 @@ def test_step(step, match):
     refuse(replace_band(make_scene(), 0, 1, step=step), match)
 
 
+SMALLEST = np.array([5, -32768], np.int16)
+
+
+def quantised(values: object, step: object = 0.5) -> codec.QuantisedArray:
+    return codec.QuantisedArray(values, step)
+
+
 @pytest.mark.parametrize(
     ("networks", "match"),
     [
         ({"a": np.zeros(3)}, r"networks\['a'\]: expected float32, got float64; .*astype"),
         ({"a": 1.0}, r"networks\['a'\]: expected ndarray, got float"),
+        ({"a": quantised(np.zeros(3, np.int32))}, r"\['a'\]\.values: expected int16, got int32"),
+        ({"a": quantised([1])}, r"networks\['a'\]\.values: expected ndarray, got list"),
+        ({"a": quantised(SMALLEST)}, r"networks\['a'\]\.values: expected ±32767; clip them"),
+        ({"a": quantised(0 * SMALLEST, 0.1)}, r"networks\['a'\]\.step: 0.1 is not exact"),
+        ({"a": quantised(0 * SMALLEST, -1.0)}, r"\['a'\]\.step: expected a finite step"),
+        ({"a": quantised(0 * SMALLEST, float("nan"))}, r"\['a'\]\.step: expected a finite"),
+        ({"a": quantised(0 * SMALLEST, 1)}, r"\['a'\]\.step: expected float, got int"),
         ({2: np.zeros(3, np.float32)}, "networks: expected str, got int"),
         ({"\ud800": np.zeros(3, np.float32)}, "networks: .*lone surrogates"),
         ({"a": np.zeros((0, 2**25, 2**25), np.float32)}, r"shape of more than 2\*\*48 elements"),

@@ -8,11 +8,13 @@ import torch
 from jaxtyping import TypeCheckError
 
 from masked_wavelet_nerf.masking import (
+    RoundedLinear,
     keep,
     largest_integer,
     masked_quantise,
     quantise_to_integers,
     quantiser_step,
+    round_to_integers,
 )
 
 # A kept maximum at 2.0 and a larger one, 5.0, that the mask drops.
@@ -210,3 +212,60 @@ def test_threshold_drops_what_lies_below_it(threshold):
 def test_wrong_shape_raises(wrong):
     with pytest.raises(TypeCheckError):
         masked_quantise(band(VALUES), torch.zeros(wrong), 8)
+
+
+# --- networks
+
+
+@pytest.mark.parametrize("bits", [2, 5, 8, 16])
+def test_rounded_weights_are_integers_times_one_step(bits):
+    values = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+    integers, step = round_to_integers(values, bits)
+    largest = 2 ** (bits - 1) - 1
+    assert float(integers.abs().max()) == largest
+    assert torch.equal(integers, integers.round())
+    torch.testing.assert_close(step, values.abs().max() / largest)
+    assert float((integers * step - values).abs().max()) <= float(step) / 2 * (1 + 1e-5)
+    again, same = round_to_integers(integers * step, bits)
+    assert torch.equal(again, integers)
+    torch.testing.assert_close(same, step)
+
+
+def test_a_network_of_zeros_stays_one():
+    integers, step = round_to_integers(torch.zeros(3), 8)
+    assert integers.tolist() == [0, 0, 0] and step == 1
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_rounded_linear_rounds_in_evaluation_and_once_told_to(bias):
+    torch.manual_seed(0)
+    layer = RoundedLinear(6, 4, bias=bias, bits=3)
+    inputs = torch.randn(9, 6)
+    exact = inputs.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0)
+    weight, step = round_to_integers(layer.weight, 3)
+    rounded = inputs.double() @ (weight * step).double().T
+    if bias:
+        integers, step = round_to_integers(layer.bias, 3)
+        rounded = rounded + (integers * step).double()
+    assert float((rounded - exact).abs().max()) > 0.05
+    torch.testing.assert_close(layer(inputs).double(), exact, rtol=1e-5, atol=1e-6)
+    for prepare in (layer.eval, lambda: setattr(layer.train(), "is_rounding", True)):
+        prepare()
+        torch.testing.assert_close(layer(inputs).double(), rounded, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_pass_straight_through_the_rounding():
+    torch.manual_seed(0)
+    layer = RoundedLinear(6, 4, bits=3)
+    layer.is_rounding = True
+    inputs, incoming = torch.randn(9, 6), torch.randn(9, 4)
+    layer(inputs).backward(incoming)
+    torch.testing.assert_close(layer.weight.grad, incoming.T @ inputs)
+    torch.testing.assert_close(layer.bias.grad, incoming.sum(dim=0))
+
+
+def test_without_bits_nothing_is_rounded_and_checkpoints_are_those_of_linear():
+    layer = RoundedLinear(6, 4).eval()
+    layer.is_rounding = True
+    assert layer.used()[0] is layer.weight and layer.used()[1] is layer.bias
+    assert set(layer.state_dict()) == set(torch.nn.Linear(6, 4).state_dict())

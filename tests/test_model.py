@@ -320,6 +320,27 @@ def test_every_choice_trains(tiny_config, train, changes):
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in grid.coefficients)
 
 
+def test_networks_are_rounded_from_their_step_on_also_in_a_resumed_run(tiny_config, train):
+    def is_rounding(trainer) -> list[bool]:
+        field = trainer.pipeline.model.field
+        layers = [field.appearance_map, *field.colour_network[::2]]
+        return [layer.is_rounding for layer in layers]
+
+    settings = {"network_bits": 3, "network_rounding_step": 5}
+    first, _ = train(tiny_config("first", steps=5, **settings))
+    assert is_rounding(first) == [False] * 4
+    _, plain = train(tiny_config("plain", steps=7, network_bits=None))
+    whole, losses = train(tiny_config("whole", steps=7, **settings))
+    assert is_rounding(whole) == [True] * 4
+    assert [losses[step] for step in range(5)] == [plain[step] for step in range(5)]
+    assert abs(losses[5] - plain[5]) > 1e-6
+    rest = tiny_config("rest", steps=2, **settings)
+    rest.load_dir = first.checkpoint_dir
+    resumed, tail = train(rest)
+    assert is_rounding(resumed) == [True] * 4
+    assert tail[5] == pytest.approx(losses[5], rel=1e-5)
+
+
 def test_losses_are_the_stated_sums(tiny_config, start):
     trainer = start(tiny_config(mask_weight=0.5, mask_penalty="mean", l1_weight_initial=0.25))
     model: MaskedWaveletModel = trainer.pipeline.model

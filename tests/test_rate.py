@@ -9,7 +9,7 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from masked_wavelet_nerf.rate import estimate_bytes, mask_penalty
+from masked_wavelet_nerf.rate import estimate_bytes, estimate_side_bytes, mask_penalty
 
 
 def logits(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
@@ -65,36 +65,23 @@ def test_unknown_form_is_refused():
         mask_penalty(logits((2, 1, 3)), "median")
 
 
-def entropy_bits(mask: np.ndarray) -> float:
-    """Bits of a mask, symbol by symbol, under its own frequency of ones."""
-    frequency = mask.mean()
-    bits = 0.0
-    for kept in mask:
-        bits -= math.log2(frequency if kept else 1 - frequency)
-    return bits
-
-
-@pytest.mark.parametrize(("bits", "width"), [(2, 1), (8, 1), (9, 2), (16, 2)])
-def test_estimate_is_entropy_of_masks_plus_survivors_plus_networks(bits, width):
-    rng = np.random.default_rng(0)
-    grids = [
-        [rng.random(n) < fraction for n, fraction in ((40, 0.5), (300, 0.04), (1200, 0.9))],
-        [rng.random(77) < 0.2],
-    ]
-    expected = 4.0 * 123
-    for grid in grids:
-        for mask in grid:
-            expected += entropy_bits(mask) / 8 + width * mask.sum()
-    kept = [torch.tensor([int(mask.sum()) for mask in grid]) for grid in grids]
-    found = estimate_bytes(kept, [[len(mask) for mask in grid] for grid in grids], bits, 123)
+@pytest.mark.parametrize(("bits", "of_value"), [(2, 1), (8, 7), (16, 15)])
+@pytest.mark.parametrize(("network_bits", "of_weight"), [(None, 32), (8, 6.2), (2, 0.5)])
+def test_estimate_is_what_survivors_and_networks_cost(bits, of_value, network_bits, of_weight):
+    kept = [torch.tensor([3, 7, 30]), torch.tensor([10])]
+    expected = 50 * (0.64 * math.log2(1600 / 50) + of_value) + 123 * of_weight
+    found = estimate_bytes(kept, 1600, bits, 123, network_bits)
     assert found.shape == ()
-    assert float(found) == pytest.approx(expected, rel=1e-6)
+    assert float(found) == pytest.approx(expected / 8, rel=1e-6)
 
 
-def test_masks_that_are_all_open_or_all_closed_cost_nothing():
-    kept = [torch.tensor([0, 50]), torch.tensor([7])]
-    assert float(estimate_bytes(kept, [[100, 50], [7]], 8, 10)) == pytest.approx(0 + 57 + 40)
+def test_a_model_that_keeps_nothing_costs_its_networks():
+    assert float(estimate_bytes([torch.tensor([0, 0])], 100, 8, 10, None)) == 40
 
 
-def test_halves_cost_a_bit_each():
-    assert float(estimate_bytes([torch.tensor([400])], [[800]], 8, 0)) == pytest.approx(500)
+def test_the_rest_is_the_surface_of_the_occupancy_cameras_and_a_frame():
+    occupied = torch.zeros(6, 7, 8, dtype=torch.bool)
+    assert float(estimate_side_bytes(occupied, 100)) == 41 * 100 + 1400
+    occupied[1:4, 2:4, 3:7] = True  # 3 × 2 × 4, inside
+    faces = 2 * (3 * 2 + 2 * 4 + 3 * 4)
+    assert float(estimate_side_bytes(occupied, 0)) == pytest.approx(1400 + faces * 0.46 / 8)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from masked_wavelet_codec import container, paper, payloads
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from masked_wavelet_codec import coded, coefficients, container, paper, payloads
 from masked_wavelet_codec.binary import Budget, Reader
 from masked_wavelet_codec.container import Profile, Section, SectionType
 from masked_wavelet_codec.errors import CodecError
-from masked_wavelet_codec.layout import encode_layout, read_layout
-from masked_wavelet_codec.scene import Scene
+from masked_wavelet_codec.layout import BandLayout, encode_layout, read_layout
+from masked_wavelet_codec.scene import BYTES_PER_COEFFICIENT, Band, Grid, Scene
 from masked_wavelet_codec.validation import check_scene
 
 __all__ = ["DEFAULT_SIZE_LIMIT", "decode", "encode"]
@@ -16,44 +22,99 @@ DEFAULT_SIZE_LIMIT = 4 * 2**30
 """Bytes of memory for a decoded scene: some 50 times a full-size one (300³, 192 channels)."""
 
 
-def encode(scene: Scene, profile: str = "paper") -> bytes:
+class _Parts(NamedTuple):
+    """How a profile codes what profiles code differently."""
+
+    profile: Profile
+    networks: SectionType
+    encode_networks: Callable[..., bytes]
+    decode_networks: Callable[..., dict]
+    occupancy: SectionType
+    encode_occupancy: Callable[..., bytes]
+    decode_occupancy: Callable[..., np.ndarray]
+    encode_levels: Callable[..., Iterator[Section]]
+    levels: tuple[SectionType, ...]
+    decode_levels: Callable[..., list[list[Band]]]
+
+
+_PROFILES = {
+    "paper": _Parts(
+        Profile.PAPER,
+        SectionType.NETWORKS,
+        payloads.encode_networks,
+        payloads.decode_networks,
+        SectionType.OCCUPANCY,
+        payloads.encode_occupancy,
+        payloads.decode_occupancy,
+        paper.encode_levels,
+        (SectionType.MASK, SectionType.VALUES),
+        paper.decode_levels,
+    ),
+    "range": _Parts(
+        Profile.RANGE,
+        SectionType.CODED_NETWORKS,
+        coded.encode_networks,
+        coded.decode_networks,
+        SectionType.CODED_OCCUPANCY,
+        coded.encode_occupancy,
+        coded.decode_occupancy,
+        coefficients.encode_levels,
+        (SectionType.COEFFICIENTS,),
+        coefficients.decode_levels,
+    ),
+}
+
+
+def encode(scene: Scene, profile: str = "range") -> bytes:
     """The bytes of a scene, which stays as it is.
 
     Args:
-        profile: how coefficients are coded; ``"paper"`` is the only one of format 1.0.
+        profile: ``"range"`` codes masks and values together, each knowing what came before;
+            ``"paper"`` is the pipeline of the paper, for comparison: networks as floats only.
 
     Raises:
         CodecError: if a field is not as ``Scene`` says, or the profile is unknown.
     """
-    if profile != "paper":
-        raise CodecError(f"profile: expected 'paper', got {profile!r}")
+    if profile not in _PROFILES:
+        raise CodecError(f"profile: expected one of {sorted(_PROFILES)}, got {profile!r}")
     check_scene(scene)
+    parts = _PROFILES[profile]
     # What is needed to render at all comes first, so that a prefix of the file can be of use.
     sections = [Section(SectionType.META, 0, payloads.encode_meta(scene.meta))]
     if scene.cameras is not None:
         cameras = payloads.encode_cameras(scene.cameras)
         sections.append(Section(SectionType.CAMERAS, 0, cameras, is_required=False))
-    sections.append(Section(SectionType.NETWORKS, 0, payloads.encode_networks(scene.networks)))
+    sections.append(Section(parts.networks, 0, parts.encode_networks(scene.networks)))
     if scene.occupancy is not None:
-        occupancy = payloads.encode_occupancy(scene.occupancy)
-        sections.append(Section(SectionType.OCCUPANCY, 0, occupancy))
+        occupancy = parts.encode_occupancy(scene.occupancy)
+        sections.append(Section(parts.occupancy, 0, occupancy))
     sections.append(Section(SectionType.GRIDS, 0, encode_layout(scene.bits, scene.grids)))
-    sections += paper.encode_levels(scene.bits, scene.grids)
-    return container.build(Profile.PAPER, sections)
+    sections += parts.encode_levels(scene.bits, scene.grids)
+    return container.build(parts.profile, sections)
 
 
-def decode(data: bytes, *, size_limit: int = DEFAULT_SIZE_LIMIT) -> Scene:
+def decode(
+    data: bytes, *, levels: int | None = None, size_limit: int = DEFAULT_SIZE_LIMIT
+) -> Scene:
     """The scene in ``data``; its arrays are new, contiguous and writable.
+
+    Levels come coarse first, so a prefix of a file that ends between two sections, the first level
+    or a later one, gives the scene as far as it goes: what is missing counts as dropped.
 
     Args:
         data: any contiguous bytes-like object.
+        levels: detail levels to decode, coarse first, 0 or more; the others count as dropped.
         size_limit: bytes that the scene's arrays and meta may take. The peak while decoding is a
             small multiple of this.
 
     Raises:
         CodecError: whatever is wrong with ``data``; the message names the section and the reason.
     """
-    sections = container.readable_payloads(container.parse(data))
+    if levels is not None and levels < 0:
+        raise CodecError(f"levels: expected 0 or more, got {levels}; None decodes all")
+    parsed = container.parse(data)
+    sections = container.readable_payloads(parsed)
+    parts = _PROFILES[parsed.profile]
     budget = Budget(size_limit)
 
     def take(kind: SectionType, index: int = 0) -> Reader:
@@ -67,11 +128,23 @@ def decode(data: bytes, *, size_limit: int = DEFAULT_SIZE_LIMIT) -> Scene:
         cameras = occupancy = None
         if (SectionType.CAMERAS, 0) in sections:
             cameras = payloads.decode_cameras(take(SectionType.CAMERAS), budget)
-        networks = payloads.decode_networks(take(SectionType.NETWORKS), budget)
-        if (SectionType.OCCUPANCY, 0) in sections:
-            occupancy = payloads.decode_occupancy(take(SectionType.OCCUPANCY), budget)
+        networks = parts.decode_networks(take(parts.networks), budget)
+        if (parts.occupancy, 0) in sections:
+            occupancy = parts.decode_occupancy(take(parts.occupancy), budget)
         layout = read_layout(take(SectionType.GRIDS))
-        grids = paper.decode_levels(take, layout, budget)
+        wanted = layout.num_levels if levels is None else min(levels + 1, layout.num_levels)
+        num_levels = wanted
+        if parsed.num_missing:
+            there = (all((k, i) in sections for k in parts.levels) for i in range(wanted))
+            num_levels = max(1, sum(itertools.takewhile(bool, there)))
+        bands = parts.decode_levels(take, layout, num_levels, budget)
+        grids = tuple(
+            Grid(grid.name, grid.size, (*own, *_dropped(grid.bands[len(own) :], budget)))
+            for grid, own in zip(layout.grids, bands, strict=True)
+        )
+        for level in range(num_levels, layout.num_levels):
+            for kind in parts.levels:
+                sections.pop((kind, level), None)
     except MemoryError:
         raise CodecError(
             f"container: this machine lacks the memory, within the size limit {size_limit}"
@@ -80,3 +153,10 @@ def decode(data: bytes, *, size_limit: int = DEFAULT_SIZE_LIMIT) -> Scene:
         kind, index = next(iter(sections))
         raise CodecError(f"section {Section(kind, index, b'').name}: not expected in this file")
     return Scene(meta, layout.bits, grids, networks, occupancy, cameras)
+
+
+def _dropped(layouts: Iterable[BandLayout], budget: Budget) -> Iterator[Band]:
+    for band in layouts:
+        budget.spend(BYTES_PER_COEFFICIENT * band.count, "section grids")
+        values = np.zeros(band.shape, np.int16)
+        yield Band(band.level, values, np.zeros(band.shape, np.bool_), band.step)

@@ -34,7 +34,7 @@ __all__ = [
 
 # Like PNG's: not text, and line-end translation or seven-bit transport breaks it visibly.
 MAGIC = b"\x89MWNF\r\n\x1a"
-VERSION = (1, 0)
+VERSION = (1, 1)
 """Major and minor version that this code reads and writes."""
 
 _HEADER = struct.Struct("<8s4H")
@@ -58,9 +58,13 @@ class SectionType(enum.IntEnum):
     GRIDS = 5
     MASK = 6
     VALUES = 7
+    COEFFICIENTS = 8
+    CODED_NETWORKS = 9
+    CODED_OCCUPANCY = 10
 
 
 _KNOWN_TYPES = frozenset(SectionType)
+_LEVEL_TYPES = (SectionType.MASK, SectionType.VALUES, SectionType.COEFFICIENTS)
 
 
 class Profile(enum.IntEnum):
@@ -68,7 +72,6 @@ class Profile(enum.IntEnum):
 
     PAPER = 1
     RANGE = 2
-    """Reserved for format 1.1."""
 
 
 PROFILE_VERSIONS: dict[int, tuple[int, int]] = {Profile.PAPER: (1, 0), Profile.RANGE: (1, 1)}
@@ -81,7 +84,7 @@ class Section:
 
     type_id: int
     index: int
-    """The level for MASK and VALUES, else 0."""
+    """The level for MASK, VALUES and COEFFICIENTS, else 0."""
     payload: bytes | memoryview
     is_required: bool = True
     unknown_flags: int = 0
@@ -95,7 +98,7 @@ class Section:
             kind = SectionType(self.type_id)
         except ValueError:
             return f"unknown type {self.type_id}"
-        is_level = kind in (SectionType.MASK, SectionType.VALUES)
+        is_level = kind in _LEVEL_TYPES
         return f"{kind.name.lower()}[{self.index}]" if is_level else kind.name.lower()
 
 
@@ -107,6 +110,8 @@ class Container:
     """Oldest version that can read the file."""
     profile_id: int
     sections: tuple[Section, ...]
+    num_missing: int = 0
+    """Sections that a prefix of the file lacks at its end."""
 
     @property
     def profile(self) -> str:
@@ -138,6 +143,8 @@ def build(profile: Profile, sections: Iterable[Section]) -> bytes:
 def parse(data: bytes) -> Container:
     """Take a file apart; payloads are views into ``data``, checksums are compared, not enforced.
 
+    ``data`` may be a prefix of a file that ends between two sections.
+
     Raises:
         CodecError: if the magic, the header or a length is wrong, or the major version is newer.
     """
@@ -159,6 +166,8 @@ def parse(data: bytes) -> Container:
 
     sections, position = [], HEADER_BYTES
     for number in range(num_sections):
+        if position == len(view):
+            break
         if len(view) - position < SECTION_HEADER_BYTES:
             raise CodecError(f"container: truncated in section {number + 1} of {num_sections}")
         type_id, flags, index, length = _SECTION.unpack_from(view, position)
@@ -184,7 +193,8 @@ def parse(data: bytes) -> Container:
         )
     if position < len(view):
         raise CodecError(f"container: {len(view) - position} bytes after the last section")
-    return Container((major, minor), profile_id, tuple(sections))
+    missing = num_sections - len(sections)
+    return Container((major, minor), profile_id, tuple(sections), missing)
 
 
 def readable_payloads(container: Container) -> dict[tuple[SectionType, int], memoryview]:
@@ -196,7 +206,7 @@ def readable_payloads(container: Container) -> dict[tuple[SectionType, int], mem
         CodecError: if the profile, a required section or a flag is unknown (naming the version
             needed), a checksum is wrong, or a section comes twice.
     """
-    if container.profile_id != Profile.PAPER:
+    if container.profile_id not in PROFILE_VERSIONS:
         needed = PROFILE_VERSIONS.get(container.profile_id, container.version)
         raise CodecError(f"container: profile {container.profile!r}: {_need(needed)}")
     payloads = {}

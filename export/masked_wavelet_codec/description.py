@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from masked_wavelet_codec import container, payloads
@@ -11,9 +12,10 @@ from masked_wavelet_codec.layout import Layout, read_layout
 
 __all__ = ["PARTS", "Description", "LevelInfo", "SectionInfo", "describe"]
 
-PARTS = ("container", "meta", "mask", "values", "networks", "occupancy", "cameras")
+PARTS = ("container", "meta", "mask", "values", "coefficients", "networks", "occupancy", "cameras")
 """What ``Description.parts`` accounts for. ``container``: all headers, the grids section (names,
-shapes, steps) and sections of unknown type."""
+shapes, steps) and sections of unknown type. ``mask`` and ``values`` are of the profile ``paper``,
+``coefficients`` are both together, in the profile ``range``."""
 
 _META_LIMIT = 2**26
 """Enough for any meta section; nothing else that takes memory is decoded."""
@@ -64,6 +66,21 @@ class Description:
     """Grid by grid, coarse to fine; empty where that section is missing or its checksum wrong."""
 
     @property
+    def prefixes(self) -> tuple[int, ...]:
+        """Bytes from the start of the file to the end of each level, coarse first.
+
+        So many bytes of the file decode by themselves, to a scene of those levels.
+        """
+        ends: dict[int, int] = {}
+        position = container.HEADER_BYTES
+        for section in self.sections:
+            position += container.SECTION_HEADER_BYTES + section.num_bytes
+            if section.name.endswith("]"):
+                level = int(section.name[section.name.index("[") + 1 : -1])
+                ends[level] = max(ends.get(level, 0), position)
+        return tuple(itertools.accumulate((ends[level] for level in sorted(ends)), max))
+
+    @property
     def num_coefficients(self) -> int:
         return sum(level.num_coefficients for level in self.levels)
 
@@ -74,7 +91,7 @@ class Description:
     @property
     def bits_per_kept(self) -> float:
         """Bits of masks and values for each kept coefficient; 0 where none is kept."""
-        bits = 8 * (self.parts["mask"] + self.parts["values"])
+        bits = 8 * sum(self.parts[part] for part in ("mask", "values", "coefficients"))
         return bits / self.num_kept if self.num_kept else 0.0
 
 
@@ -89,7 +106,7 @@ def describe(data: bytes) -> Description:
     parts: dict[str, int] = dict.fromkeys(PARTS, 0)
     parts["container"] = container.HEADER_BYTES
     for section in parsed.sections:
-        part = section.name.partition("[")[0]
+        part = section.name.partition("[")[0].removeprefix("coded_")
         parts["container"] += container.SECTION_HEADER_BYTES
         parts[part if part in PARTS else "container"] += len(section.payload)
 

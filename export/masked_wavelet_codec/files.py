@@ -16,8 +16,13 @@ __all__ = ["read", "write"]
 _PIECE_BYTES = 2**20
 
 
-def read(path: str | os.PathLike[str], *, size_limit: int = DEFAULT_SIZE_LIMIT) -> Scene:
-    """Decode the file at ``path``.
+def read(
+    path: str | os.PathLike[str],
+    *,
+    levels: int | None = None,
+    size_limit: int = DEFAULT_SIZE_LIMIT,
+) -> Scene:
+    """Decode the file at ``path``, or its first detail levels: see ``decode``.
 
     Raises:
         OSError: if it cannot be read.
@@ -32,10 +37,10 @@ def read(path: str | os.PathLike[str], *, size_limit: int = DEFAULT_SIZE_LIMIT) 
         raise CodecError(
             f"container: {os.fspath(path)!r} is larger than the size limit {size_limit}"
         )
-    return decode(bytes(data), size_limit=size_limit)
+    return decode(bytes(data), levels=levels, size_limit=size_limit)
 
 
-def write(path: str | os.PathLike[str], scene: Scene, profile: str = "paper") -> int:
+def write(path: str | os.PathLike[str], scene: Scene, profile: str = "range") -> int:
     """Encode ``scene`` into the file at ``path``, all or nothing.
 
     The bytes go to a new name in the same folder and are on the disk before they take the place of

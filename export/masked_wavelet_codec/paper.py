@@ -22,13 +22,10 @@ from masked_wavelet_codec import huffman, runlength
 from masked_wavelet_codec.binary import Budget, Reader, Writer
 from masked_wavelet_codec.container import Section, SectionType
 from masked_wavelet_codec.layout import BandLayout, Layout
-from masked_wavelet_codec.scene import Band, Grid
+from masked_wavelet_codec.scene import BYTES_PER_COEFFICIENT, Band, Grid
 from masked_wavelet_codec.validation import largest_value
 
-__all__ = ["BYTES_PER_COEFFICIENT", "decode_levels", "encode_levels"]
-
-BYTES_PER_COEFFICIENT = 3
-"""Of a decoded band: an int16 and a bool."""
+__all__ = ["decode_levels", "encode_levels"]
 
 
 def encode_levels(bits: int, grids: Sequence[Grid]) -> Iterator[Section]:
@@ -47,15 +44,15 @@ def encode_levels(bits: int, grids: Sequence[Grid]) -> Iterator[Section]:
 
 
 def decode_levels(
-    take: Callable[[SectionType, int], Reader], layout: Layout, budget: Budget
-) -> tuple[Grid, ...]:
-    """The grids, from the sections that ``take`` hands out.
+    take: Callable[[SectionType, int], Reader], layout: Layout, num_levels: int, budget: Budget
+) -> list[list[Band]]:
+    """The bands of the first levels, grid by grid, from the sections that ``take`` hands out.
 
     Raises:
         CodecError: if a section is missing or damaged, or the size limit is reached.
     """
     bands = [[] for _ in layout.grids]
-    for level in range(layout.num_levels):
+    for level in range(num_levels):
         layouts = layout.at_level(level)
         count = sum(band.count for _, band in layouts)
         mask_reader = take(SectionType.MASK, level)
@@ -71,10 +68,7 @@ def decode_levels(
                 )
             bands[number].append(_read_band(value_reader, band, head, layout.bits))
         value_reader.finish()
-    return tuple(
-        Grid(grid.name, grid.size, tuple(own))
-        for grid, own in zip(layout.grids, bands, strict=True)
-    )
+    return bands
 
 
 def _read_mask(reader: Reader, count: int) -> np.ndarray:

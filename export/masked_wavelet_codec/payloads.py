@@ -1,4 +1,4 @@
-"""Sections that do not depend on the profile: meta, networks, occupancy, cameras.
+"""Sections of every profile (meta, cameras) and of profile ``paper`` (networks, occupancy).
 
     meta       length of the text in bytes (varint) · block of UTF-8 JSON, keys sorted, no spaces
     networks   count (varint) · for each: name, number of dimensions (u8), lengths (varints)
@@ -95,7 +95,16 @@ def _unique_pairs(pairs: list[tuple[str, object]]) -> dict:
 
 
 def encode_networks(networks: dict[str, np.ndarray]) -> bytes:
-    """Payload of float32 arrays of any shape."""
+    """Payload of float32 arrays of any shape.
+
+    Raises:
+        CodecError: if an array is quantised, which this profile does not know.
+    """
+    for name, array in networks.items():
+        if not isinstance(array, np.ndarray):
+            raise CodecError(
+                f"networks[{name!r}]: the profile 'paper' stores floats; give array.to_floats()"
+            )
     writer = Writer()
     writer.varint(len(networks))
     names = sorted(networks)

@@ -11,7 +11,10 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Band", "Cameras", "Grid", "Scene", "equal"]
+BYTES_PER_COEFFICIENT = 3
+"""Of a decoded band: an int16 and a bool."""
+
+__all__ = ["Band", "Cameras", "Grid", "QuantisedArray", "Scene", "equal"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,20 @@ class Cameras:
 
 
 @dataclass(frozen=True)
+class QuantisedArray:
+    """A network's array as integers: ``values * step``."""
+
+    values: np.ndarray
+    """int16 of any shape, within ±32767."""
+    step: float
+    """Finite, not negative, and exact in float32."""
+
+    def to_floats(self) -> np.ndarray:
+        """The array, float32."""
+        return self.values.astype(np.float32) * np.float32(self.step)
+
+
+@dataclass(frozen=True)
 class Scene:
     """A trained model as integers and plain arrays."""
 
@@ -72,8 +89,9 @@ class Scene:
     bits: int
     """Quantiser bits, 2 to 16: every |value| is at most 2**(bits - 1) - 1."""
     grids: tuple[Grid, ...]
-    networks: dict[str, np.ndarray]
-    """float32 arrays of any shape, 0-d included; the order of names carries no meaning."""
+    networks: dict[str, np.ndarray | QuantisedArray]
+    """float32 arrays of any shape, 0-d included, or, for the profile ``range``, integers; the order
+    of names carries no meaning."""
     occupancy: np.ndarray | None
     """bool (X, Y, Z)."""
     cameras: Cameras | None
@@ -87,7 +105,7 @@ def equal(a: Scene, b: Scene) -> bool:
 def _is_same(a: Any, b: Any) -> bool:
     if type(a) is not type(b):
         return False  # 1, 1.0 and True are three things in JSON
-    if isinstance(a, (Scene, Grid, Band, Cameras)):
+    if isinstance(a, (Scene, Grid, Band, Cameras, QuantisedArray)):
         return all(_is_same(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(_is_same(a[key], b[key]) for key in a)

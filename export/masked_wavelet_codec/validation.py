@@ -10,7 +10,7 @@ import numpy as np
 
 from masked_wavelet_codec.binary import count_elements
 from masked_wavelet_codec.errors import CodecError
-from masked_wavelet_codec.scene import Band, Cameras, Grid, Scene
+from masked_wavelet_codec.scene import Band, Cameras, Grid, QuantisedArray, Scene
 
 __all__ = ["CAMERA_FIELDS", "MAX_DIMS", "check_meta", "check_scene", "check_step", "largest_value"]
 
@@ -31,6 +31,7 @@ CAMERA_FIELDS: dict[str, tuple[str, tuple[int, ...]]] = {
 _MAX_META_DEPTH = 32
 MAX_DIMS = 32
 """Of an array: numpy 1's limit."""
+LARGEST_INT16 = 2**15 - 1
 _MAX_BANDS = 255  # their number is one byte
 
 
@@ -58,7 +59,13 @@ def check_scene(scene: Scene) -> None:
     _expect_type(scene.networks, dict, "networks")
     for name, array in scene.networks.items():
         _expect_text(name, "networks")
-        _expect_array(array, np.float32, f"networks[{name!r}]")
+        if isinstance(array, QuantisedArray):
+            _expect_array(array.values, np.int16, f"networks[{name!r}].values")
+            if array.values.size and int(array.values.min()) < -LARGEST_INT16:
+                raise CodecError(f"networks[{name!r}].values: expected ±{LARGEST_INT16}; clip them")
+            check_step(array.step, f"networks[{name!r}].step")
+        else:
+            _expect_array(array, np.float32, f"networks[{name!r}]")
     if scene.occupancy is not None:
         _expect_array(scene.occupancy, np.bool_, "occupancy", num_dims=3)
     if scene.cameras is not None:

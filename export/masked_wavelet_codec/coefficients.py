@@ -1,0 +1,343 @@
+"""Profile ``range``: masks and values of a level together, each grid knowing those before it.
+
+    coefficients[level]   for each *family* at this level: its model · words of all decisions
+
+A family is a row of grids that follow each other and have the same dimensions and channels: the
+three density planes, say. They share their model. Grids are coded one after the other: the mask,
+channel by channel, and then the values of what it keeps. See ``contexts``, ``numbers`` and ``ans``
+for what a decision is and how likely. One function, ``_code_grid``, describes the order for
+encoder and decoder.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from masked_wavelet_codec import contexts
+from masked_wavelet_codec.ans import (
+    EVEN,
+    MOST_PER_BYTE,
+    Coder,
+    Decoder,
+    Encoder,
+    logit_of,
+    read_logits,
+    weights_of,
+    write_logits,
+)
+from masked_wavelet_codec.binary import Budget, Reader, Writer
+from masked_wavelet_codec.container import Section, SectionType
+from masked_wavelet_codec.contexts import NUM_WEIGHTS, ChannelContexts, chessboard
+from masked_wavelet_codec.errors import CodecError
+from masked_wavelet_codec.layout import BandLayout, Layout
+from masked_wavelet_codec.numbers import NumberModel, class_of, code_magnitudes
+from masked_wavelet_codec.scene import BYTES_PER_COEFFICIENT, Band, Grid
+from masked_wavelet_codec.validation import largest_value
+
+__all__ = ["decode_levels", "encode_levels"]
+
+_MOST_CHANNELS = 2**13
+"""With a mask, of all grids at all levels: each takes a fifth of a millisecond, however small."""
+_SAMPLES = 1 << 15
+"""Dropped coefficients, about, that a family's weights are fitted to."""
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What the decoder is told of a family at a level."""
+
+    weights: tuple[int, ...]
+    numbers: NumberModel
+    same_sign: int
+    """Logit: a value has the sign of the white ones beside it."""
+
+    def write(self, writer: Writer) -> None:
+        for weight in self.weights:
+            writer.varint(2 * weight if weight >= 0 else -2 * weight - 1)
+        self.numbers.write(writer)
+        write_logits(writer, [self.same_sign])
+
+    @classmethod
+    def read(cls, reader: Reader) -> _Model:
+        weights = []
+        for folded in reader.varints(NUM_WEIGHTS):
+            if folded > 2 * contexts.LARGEST_WEIGHT:
+                raise reader.error(f"a weight beyond ±{contexts.LARGEST_WEIGHT}")
+            weights.append(-(folded + 1) // 2 if folded % 2 else folded // 2)
+        return cls(tuple(weights), NumberModel.read(reader), *read_logits(reader, 1))
+
+
+class _Known:
+    """What has been coded: the level before, and how many are kept at each place of this one."""
+
+    def __init__(self) -> None:
+        self._classes: dict[int, np.ndarray] = {}
+        self._kept: dict[tuple, np.ndarray] = {}
+
+    def begin_level(self) -> None:
+        self._kept = {}
+
+    def contexts(
+        self, number: int, shape: tuple[int, int, int, int], key: tuple
+    ) -> ChannelContexts:
+        above = self._classes.get(number)
+        if above is not None and (not above.size or above.shape[1] not in (1, shape[1])):
+            above = np.zeros((shape[0], 1, 1, 1), np.int8)
+        others = self._kept.get(key, np.zeros(shape[1:], np.int32))
+        return ChannelContexts(shape[1:], above, others)
+
+    def add(self, number: int, values: np.ndarray, mask: np.ndarray, key: tuple) -> None:
+        # One more than that of a kept coefficient's value, which may be zero.
+        self._classes[number] = (class_of(values) + 1) * mask
+        kept = mask.sum(axis=0, dtype=np.int32)
+        self._kept[key] = self._kept.get(key, 0) + kept
+
+
+def _count_channels(layouts: Sequence[tuple[int, BandLayout]], before: int, where: str) -> int:
+    """Adds those that have a mask.
+
+    Raises:
+        CodecError: if there are too many.
+    """
+    masked = [band.shape[0] for _, band in layouts if 0 < band.num_kept < band.count]
+    if before + sum(masked) > _MOST_CHANNELS:
+        raise CodecError(
+            f"{where}: more than {_MOST_CHANNELS} channels of grids and levels with a mask; the "
+            "profile 'paper' has no such limit"
+        )
+    return before + sum(masked)
+
+
+def _four(shape: Sequence[int]) -> tuple[int, int, int, int]:
+    """(C, B, h, w) of a band: a line has h = 1."""
+    return shape[0], shape[1], shape[2] if len(shape) == 4 else 1, shape[-1]
+
+
+def _families(layouts: Sequence[tuple[int, BandLayout]]) -> Iterator[list[tuple[int, BandLayout]]]:
+    def kind(item: tuple[int, BandLayout]) -> tuple[int, int]:
+        return len(item[1].shape), item[1].shape[0]
+
+    for _, members in itertools.groupby(layouts, kind):
+        yield list(members)
+
+
+def _keys(layouts: Sequence[tuple[int, BandLayout]]) -> dict[int, tuple]:
+    """For each grid, what it shares with the grids of other families that lie at its places."""
+    return {
+        number: (place, band.shape[1:])
+        for family in _families(layouts)
+        for place, (number, band) in enumerate(family)
+    }
+
+
+def _code_mask(
+    coder: Coder, context: ChannelContexts, weights: Sequence[int], given: np.ndarray | None, C: int
+) -> np.ndarray:
+    """Codes a mask, (C, B, h, w) bool, channel by channel, white fields before black ones."""
+    found = np.zeros((C, *context.size), np.bool_)
+    white, black = contexts.fields(context.size)
+    for c in range(C):
+        mask = found[c].reshape(-1)
+        decided = None if given is None else given[c].reshape(-1)
+        scores = context.scores(weights).reshape(-1)
+        for places in (white, black):
+            some = scores[places]
+            if places is black:
+                beside, one = context.of_black(found[c])
+                some = some + weights[-2] * beside.reshape(-1)[places] + weights[-1] * one
+            chances = weights_of(contexts.logits_of(some))
+            mask[places] = coder.code(chances, None if decided is None else decided[places])
+        context.advance(found[c])
+    return found
+
+
+def _code_values(
+    coder: Coder, model: _Model, mask: np.ndarray, given: np.ndarray | None
+) -> np.ndarray:
+    """Codes the values, (C, B, h, w) int32, of what is kept, white fields before black ones."""
+    black = chessboard(*mask.shape[2:])
+    found = np.zeros(mask.shape, np.int32)
+    if not model.numbers.more:  # all are zero
+        return found
+    for fields in (~black, black):
+        where = np.nonzero(mask & fields)
+        values = None if given is None else given[where].astype(np.int32)
+        magnitudes = code_magnitudes(
+            coder, model.numbers, len(where[0]), None if values is None else np.abs(values)
+        )
+        signed = magnitudes > 0
+        expected = np.zeros(len(magnitudes), np.int32)
+        if fields is black:
+            expected = np.sign(contexts.beside(np.sign(found))[where])
+        logits = np.where(expected == 0, EVEN, model.same_sign)[signed]
+        # With nothing to expect, the decision is "positive".
+        expected = np.where(expected == 0, 1, expected)[signed]
+        same = None if values is None else np.sign(values[signed]) == expected
+        same = coder.code(weights_of(logits), same)
+        magnitudes[signed] *= np.where(same, expected, -expected)
+        found[where] = magnitudes
+    return found
+
+
+def encode_levels(_bits: int, grids: Sequence[Grid]) -> Iterator[Section]:
+    """The sections of all levels, coarse first; the width of the quantiser does not matter here."""
+    known, num_channels = _Known(), 0
+    num_levels = max((len(grid.bands) for grid in grids), default=0)
+    for level in range(num_levels):
+        bands = {n: grid.bands[level] for n, grid in enumerate(grids) if level < len(grid.bands)}
+        layouts = [
+            (n, BandLayout(level, b.values.shape, b.values.size, int(b.mask.sum()), b.step))
+            for n, b in bands.items()
+        ]
+        num_channels = _count_channels(layouts, num_channels, f"level {level}")
+        keys, writer, encoder = _keys(layouts), Writer(), Encoder()
+        known.begin_level()
+        for family in _families(layouts):
+            members = [
+                (number, band, bands[number].values.reshape(_four(band.shape)))
+                for number, band in family
+            ]
+            masks = [bands[number].mask.reshape(_four(band.shape)) for number, band in family]
+            model = _fit(known, members, masks, keys)
+            model.write(writer)
+            for (number, band, values), mask in zip(members, masks, strict=True):
+                _code_grid(encoder, known, model, number, band, keys[number], values, mask)
+        writer.raw(encoder.getvalue())
+        yield Section(SectionType.COEFFICIENTS, level, writer.getvalue())
+
+
+def _code_grid(
+    coder: Coder,
+    known: _Known,
+    model: _Model,
+    number: int,
+    band: BandLayout,
+    key: tuple,
+    values: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes a grid at a level; values (C, B, h, w) int32 and mask."""
+    shape = _four(band.shape)
+    if 0 < band.num_kept < band.count:
+        context = known.contexts(number, shape, key)
+        mask = _code_mask(coder, context, model.weights, mask, shape[0])
+    else:
+        mask = np.full(shape, band.num_kept > 0)
+    values = _code_values(coder, model, mask, values)
+    known.add(number, values, mask, key)
+    return values, mask
+
+
+def decode_levels(
+    take: Callable[[SectionType, int], Reader], layout: Layout, num_levels: int, budget: Budget
+) -> list[list[Band]]:
+    """The bands of the first levels, grid by grid, from the sections that ``take`` hands out.
+
+    Raises:
+        CodecError: if a section is missing or damaged, or the size limit is reached.
+    """
+    known, limit, num_channels = _Known(), largest_value(layout.bits), 0
+    bands: list[list[Band]] = [[] for _ in layout.grids]
+    for level in range(num_levels):
+        layouts = layout.at_level(level)
+        reader = take(SectionType.COEFFICIENTS, level)
+        num_channels = _count_channels(layouts, num_channels, reader.where)
+        count = sum(band.count for _, band in layouts)
+        families, keys, num_bytes = list(_families(layouts)), _keys(layouts), reader.num_left
+        models = [_Model.read(reader) for _ in families]
+        masked = sum(band.count for _, band in layouts if 0 < band.num_kept < band.count)
+        kept = sum(
+            band.num_kept
+            for family, model in zip(families, models, strict=True)
+            for _, band in family
+            if model.numbers.more
+        )
+        if masked + kept > MOST_PER_BYTE * (num_bytes + 8):
+            raise reader.error(f"{num_bytes} bytes cannot hold {masked + kept} decisions")
+        budget.spend(BYTES_PER_COEFFICIENT * count, reader.where)
+        decoder = Decoder(reader)
+        known.begin_level()
+        for family, model in zip(families, models, strict=True):
+            for number, band in family:
+                values, mask = _code_grid(decoder, known, model, number, band, keys[number])
+                name = layout.grids[number].name
+                if (num_kept := int(np.count_nonzero(mask))) != band.num_kept:
+                    raise reader.error(
+                        f"{name!r} keeps {num_kept} coefficients, {band.num_kept} declared"
+                    )
+                if values.size and np.abs(values).max() > limit:
+                    raise reader.error(f"{name!r} has a value beyond ±{limit}")
+                bands[number].append(
+                    Band(
+                        level=level,
+                        values=values.astype(np.int16).reshape(band.shape),
+                        mask=mask.reshape(band.shape),
+                        step=band.step,
+                    )
+                )
+        decoder.finish()
+    return bands
+
+
+def _fit(
+    known: _Known,
+    members: Sequence[tuple[int, BandLayout, np.ndarray]],
+    masks: Sequence[np.ndarray],
+    keys: dict[int, tuple],
+) -> _Model:
+    """The model that suits a family at a level."""
+    kept_values = [values[mask] for (_, _, values), mask in zip(members, masks, strict=True)]
+    numbers = NumberModel.fit(np.concatenate(kept_values))
+    agree = [0, 0]
+    for _, _, values in members:
+        signs = np.sign(values).astype(np.int32)
+        black = chessboard(*signs.shape[2:])
+        expected = np.sign(contexts.beside(np.where(black, 0, signs)))
+        known_signs = black & (signs != 0) & (expected != 0)
+        agree[0] += int((signs == expected)[known_signs].sum())
+        agree[1] += int((signs != expected)[known_signs].sum())
+    weights = _fit_weights(known, members, masks, keys)
+    return _Model(weights, numbers, logit_of(*agree))
+
+
+def _fit_weights(
+    known: _Known,
+    members: Sequence[tuple[int, BandLayout, np.ndarray]],
+    masks: Sequence[np.ndarray],
+    keys: dict[int, tuple],
+) -> tuple[int, ...]:
+    chosen = [
+        (number, band, mask)
+        for (number, band, _), mask in zip(members, masks, strict=True)
+        if 0 < band.num_kept < band.count
+    ]
+    if not chosen:
+        return (0,) * NUM_WEIGHTS
+    # All that are kept, and every so many of the rest.
+    dropped = sum(band.count - band.num_kept for _, band, _ in chosen)
+    every = max(1, dropped // _SAMPLES)
+    samples, kept = [], []
+    for number, band, mask in chosen:
+        context = known.contexts(number, _four(band.shape), keys[number])
+        B, h, w = context.size
+        black = np.broadcast_to(chessboard(h, w), (B, h, w))
+        regular = np.arange(B * h * w).reshape(B, h, w)
+        for c, channel in enumerate(mask):
+            where = np.nonzero(channel | ((regular + c) % every == 0))
+            features = [
+                np.broadcast_to(context.refined(f) if is_coarse else f, (B, h, w))[where]
+                for f, is_coarse in context.features()
+            ]
+            white = np.where(black, False, channel)
+            last = [np.where(black, feature, 0)[where] for feature in context.of_black(white)]
+            features += [np.zeros_like(last[0])] * (NUM_WEIGHTS - len(features) - len(last))
+            samples.append(np.stack((*features, *last)))
+            kept.append(channel[where])
+            context.advance(channel)
+    kept_or_not = np.concatenate(kept)
+    counts = np.where(kept_or_not, 1.0, every)
+    return tuple(contexts.fit_weights(np.concatenate(samples, axis=1), kept_or_not, counts))

@@ -1,0 +1,214 @@
+"""How likely a coefficient is kept, from what a reader knows already: integers only.
+
+A coefficient's *score* is the sum of features times weights; the encoder fits the weights, and they
+lie in the file. Features count in sixteenths: of one, or of an octave where they are logarithms.
+What a reader knows of a coefficient:
+
+- how many are kept at this place, and around it, in the channels before;
+- how many are kept at this place in the grids before, of the same size;
+- the class of the coefficient above it, at the coarser level, and the classes around that;
+- within a channel, places are coded like the fields of a chessboard, white before black: a black
+  field knows the white ones beside it.
+
+Letters: C channels, B bands, h, w size (a line has h = 1).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from masked_wavelet_codec.ans import EVEN, NUM_LOGITS
+
+__all__ = [
+    "LARGEST_WEIGHT",
+    "NUM_WEIGHTS",
+    "ChannelContexts",
+    "around",
+    "beside",
+    "chessboard",
+    "fields",
+    "fit_weights",
+    "logits_of",
+    "octaves",
+]
+
+NUM_WEIGHTS = 12
+_ONE = 16
+"""What counts as one in a feature."""
+_SHIFT = 7
+"""A score is a logit times two to this."""
+_MOST = 4095
+"""Counts beyond this are taken for it."""
+LARGEST_WEIGHT = 2**14
+_ROUNDS = 12
+"""Of Newton's method."""
+_HALVINGS = 8
+"""Of a step, at most."""
+
+
+@functools.cache
+def _table() -> np.ndarray:
+    found, k = np.zeros(4 * _MOST + 5, np.int32), 0
+    for n in range(1, len(found)):
+        while 2 ** (k + 1) <= n**16:
+            k += 1
+        found[n] = k
+    return found
+
+
+def octaves(counts: np.ndarray | int) -> np.ndarray:
+    """⌊16 · log2(4 n + 1)⌋ of counts n."""
+    return _table()[4 * np.minimum(counts, _MOST) + 1]
+
+
+@dataclass
+class ChannelContexts:
+    """What is known of a grid's coefficients at one level, channel after channel."""
+
+    size: tuple[int, int, int]
+    """(B, h, w)."""
+    above: np.ndarray | None
+    """Classes at the coarser level, (C, B or 1, h', w') int; None at the coarsest."""
+    others: np.ndarray
+    """How many are kept in grids before, (B, h, w) int32."""
+    kept: np.ndarray = field(init=False)
+    """How many of the channels before keep each, (B, h, w) int32."""
+    channel: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        B, h, w = self.size
+        self.kept = np.zeros(self.size, np.int32)
+        self._of_others = octaves(self.others), octaves(self.others.sum(axis=0, keepdims=True))
+        if self.above is None:
+            return
+        self._around_above = around(self.above.astype(np.int32))
+        scale = B // max(self.above.shape[1], 1)
+        self._num_above = scale * np.count_nonzero(self.above, axis=(1, 2, 3))
+        rows, columns = (
+            np.arange(length) * coarse // max(length, 1)
+            for length, coarse in ((h, self.above.shape[2]), (w, self.above.shape[3]))
+        )
+        self._below = rows[:, None], columns
+
+    def features(self) -> Iterator[tuple[np.ndarray, bool]]:
+        """The next channel's, each (B, h, w) or less, or one of the coarser level: and which.
+
+        Those of black fields, :meth:`of_black`, are left out.
+        """
+        expected = octaves(self.channel) + 2 * _ONE
+        yield np.array(_ONE), False
+        yield octaves(self.kept) - expected, False
+        yield octaves(self.kept.sum(axis=0, keepdims=True)) - expected, False
+        yield octaves(around(self.kept)) - expected, False
+        for of_others in self._of_others:
+            yield of_others, False
+        if self.above is not None:
+            above = self.above[self.channel].astype(np.int32)
+            yield _ONE * above, True
+            yield _ONE * (above > 0), True
+            yield _ONE * self._around_above[self.channel], True
+            yield octaves(self._num_above[self.channel]), False
+
+    def scores(self, weights: Sequence[int]) -> np.ndarray:
+        """Σ weight · feature of the next channel (B, h, w), but for those of black fields."""
+        fine = np.zeros(self.size, np.int32)
+        coarse = np.zeros((1, 1, 1), np.int32)
+        for weight, (feature, is_coarse) in zip(weights, self.features(), strict=False):
+            if is_coarse:
+                coarse = coarse + np.int32(weight) * feature
+            elif weight:
+                fine += np.int32(weight) * feature
+        return fine if self.above is None else fine + self.refined(coarse)
+
+    def of_black(self, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Two features more of black fields: kept white ones beside each, in ``mask``; and one."""
+        return _ONE * beside(mask), np.array(_ONE)
+
+    def refined(self, coarse: np.ndarray) -> np.ndarray:
+        """Values of the coarser level, (B or 1, h', w'), at the places of this one."""
+        return coarse[:, self._below[0], self._below[1]]
+
+    def advance(self, mask: np.ndarray) -> None:
+        """Takes in the channel's mask, (B, h, w) bool."""
+        self.kept += mask
+        self.channel += 1
+
+
+def logits_of(scores: np.ndarray) -> np.ndarray:
+    """Logits of sums of features times weights."""
+    rounded = (scores + (1 << _SHIFT - 1) >> _SHIFT) + EVEN
+    return np.clip(rounded, 0, NUM_LOGITS - 1)
+
+
+def fit_weights(features: np.ndarray, kept: np.ndarray, counts: np.ndarray) -> list[int]:
+    """Weights that suit a sample, by logistic regression.
+
+    Args:
+        features: (F, N).
+        kept: which are kept, (N,) bool.
+        counts: how many coefficients each stands for, (N,).
+    """
+    scale = features.std(axis=1, keepdims=True) + 1.0
+    inputs = features / scale
+    weights = np.zeros(len(features))
+    chance = np.clip((counts * kept).sum() / max(counts.sum(), 1), 1e-5, 1 - 1e-5)
+    weights[0] = np.log(chance / (1 - chance)) * scale[0, 0] / _ONE
+
+    def loss(weights: np.ndarray) -> float:
+        scores = weights @ inputs
+        return counts @ (np.logaddexp(0, scores) - kept * scores) + 5e-3 * weights @ weights
+
+    for _ in range(_ROUNDS):
+        chances = 1 / (1 + np.exp(-np.clip(weights @ inputs, -30, 30)))
+        slope = counts * chances * (1 - chances) + 1e-9 * counts
+        hessian = (inputs * slope) @ inputs.T
+        hessian[np.diag_indices_from(hessian)] += 1e-2 + 1e-9 * np.trace(hessian)
+        step = np.linalg.solve(hessian, inputs @ (counts * (kept - chances)) - 1e-2 * weights)
+        step /= max(1.0, np.abs(step).max() / 2)
+        # Shorter where it goes too far: else it swings to and fro where features tell nearly all.
+        before = loss(weights)
+        for _ in range(_HALVINGS):
+            if loss(weights + step) <= before:
+                break
+            step /= 2
+        weights = weights + step
+    rounded = np.rint(16 * weights / scale[:, 0] * (1 << _SHIFT))
+    return [int(w) for w in np.clip(rounded, -LARGEST_WEIGHT, LARGEST_WEIGHT)]
+
+
+def around(values: np.ndarray) -> np.ndarray:
+    """Sum of each and its eight neighbours in the last two axes, (…, h, w); outside is nothing."""
+    rows = values.copy()
+    rows[..., 1:, :] += values[..., :-1, :]
+    rows[..., :-1, :] += values[..., 1:, :]
+    found = rows.copy()
+    found[..., 1:] += rows[..., :-1]
+    found[..., :-1] += rows[..., 1:]
+    return found
+
+
+def beside(values: np.ndarray) -> np.ndarray:
+    """Sum of the four neighbours of each in the last two axes, int32."""
+    found = np.zeros(values.shape, np.int32)
+    found[..., 1:, :] += values[..., :-1, :]
+    found[..., :-1, :] += values[..., 1:, :]
+    found[..., 1:] += values[..., :-1]
+    found[..., :-1] += values[..., 1:]
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def chessboard(h: int, w: int) -> np.ndarray:
+    """(h, w) bool: which fields are black."""
+    return (np.add.outer(np.arange(h), np.arange(w)) % 2).astype(np.bool_)
+
+
+@functools.lru_cache(maxsize=16)
+def fields(size: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Positions, in a flat (B, h, w), of white fields, and of black ones."""
+    black = np.broadcast_to(chessboard(*size[1:]), size)
+    return np.flatnonzero(~black), np.flatnonzero(black)
