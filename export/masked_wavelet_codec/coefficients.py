@@ -43,7 +43,7 @@ __all__ = ["decode_levels", "encode_levels"]
 _MOST_CHANNELS = 2**13
 """With a mask, of all grids at all levels: each takes a fifth of a millisecond, however small."""
 _SAMPLES = 1 << 15
-"""Dropped coefficients, about, that a family's weights are fitted to."""
+"""Kept coefficients, about, that a family's weights are fitted to, and as many dropped ones."""
 
 
 @dataclass(frozen=True)
@@ -317,9 +317,9 @@ def _fit_weights(
     ]
     if not chosen:
         return (0,) * NUM_WEIGHTS
-    # All that are kept, and every so many of the rest.
-    dropped = sum(band.count - band.num_kept for _, band, _ in chosen)
-    every = max(1, dropped // _SAMPLES)
+    num_kept = sum(band.num_kept for _, band, _ in chosen)
+    num_dropped = sum(band.count for _, band, _ in chosen) - num_kept
+    every_kept, every_dropped = (max(1, n // _SAMPLES) for n in (num_kept, num_dropped))
     samples, kept = [], []
     for number, band, mask in chosen:
         context = known.contexts(number, _four(band.shape), keys[number])
@@ -327,7 +327,9 @@ def _fit_weights(
         black = np.broadcast_to(chessboard(h, w), (B, h, w))
         regular = np.arange(B * h * w).reshape(B, h, w)
         for c, channel in enumerate(mask):
-            where = np.nonzero(channel | ((regular + c) % every == 0))
+            of_dropped = (regular + c) % every_dropped == 0
+            of_kept = True if every_kept == 1 else (regular + c) % every_kept == 0
+            where = np.nonzero(np.where(channel, of_kept, of_dropped))
             features = [
                 np.broadcast_to(context.refined(f) if is_coarse else f, (B, h, w))[where]
                 for f, is_coarse in context.features()
@@ -339,5 +341,5 @@ def _fit_weights(
             kept.append(channel[where])
             context.advance(channel)
     kept_or_not = np.concatenate(kept)
-    counts = np.where(kept_or_not, 1.0, every)
+    counts = np.where(kept_or_not, float(every_kept), float(every_dropped))
     return tuple(contexts.fit_weights(np.concatenate(samples, axis=1), kept_or_not, counts))

@@ -52,17 +52,17 @@ _HALVINGS = 8
 
 @functools.cache
 def _table() -> np.ndarray:
-    found, k = np.zeros(4 * _MOST + 5, np.int32), 0
-    for n in range(1, len(found)):
-        while 2 ** (k + 1) <= n**16:
+    found, k = np.zeros(_MOST + 1, np.int32), 0
+    for n in range(_MOST + 1):
+        while 2 ** (k + 1) <= (4 * n + 1) ** 16:
             k += 1
         found[n] = k
     return found
 
 
 def octaves(counts: np.ndarray | int) -> np.ndarray:
-    """⌊16 · log2(4 n + 1)⌋ of counts n."""
-    return _table()[4 * np.minimum(counts, _MOST) + 1]
+    """⌊16 · log2(4 n + 1)⌋ of counts n ≥ 0."""
+    return _table().take(counts, mode="clip")
 
 
 @dataclass
