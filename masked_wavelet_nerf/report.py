@@ -68,9 +68,9 @@ def tables(description: Description) -> Group:
     levels.add_column("fraction", justify="right")
     for key, (kept, total) in kept_by_level(description).items():
         levels.add_row(key, f"{kept:,}", f"{total:,}", f"{kept / max(total, 1):.2%}")
-    prefixes = Table(title="The first bytes of the file are a coarser scene (decode --levels)")
-    prefixes.add_column("levels", justify="right")
-    prefixes.add_column("bytes", justify="right")
+    prefixes = Table(title="Prefixes that are coarser scenes")
+    prefixes.add_column("decode --levels", justify="right")
+    prefixes.add_column("first bytes", justify="right")
     for level, num_bytes in enumerate(description.prefixes):
         prefixes.add_row(str(level), f"{num_bytes:,}")
     return Group(size, levels, prefixes)
