@@ -28,6 +28,7 @@ __all__ = [
     "Coder",
     "Decoder",
     "Encoder",
+    "expect_room",
     "logit_of",
     "read_logits",
     "weights_of",
@@ -117,6 +118,16 @@ class Decoder:
         """Check that the words hold these decisions and nothing else."""
         if self._coder.pos() != (0, _START):
             raise self._reader.error("the coded decisions do not end where they should")
+
+
+def expect_room(reader: Reader, num_bytes: int, count: int) -> None:
+    """Check, before memory is taken, that so many bytes can hold so many decisions.
+
+    Raises:
+        CodecError: if they cannot.
+    """
+    if count > MOST_PER_BYTE * (num_bytes + 8):
+        raise reader.error(f"{num_bytes} bytes cannot hold {count} decisions")
 
 
 def _chances(weights: np.ndarray) -> np.ndarray:

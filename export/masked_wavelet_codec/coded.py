@@ -17,17 +17,18 @@ from collections.abc import Sequence
 import numpy as np
 
 from masked_wavelet_codec.ans import (
-    MOST_PER_BYTE,
     Coder,
     Decoder,
     Encoder,
+    expect_room,
     weights_of_counts,
 )
 from masked_wavelet_codec.binary import Budget, Reader, Writer, count_elements
 from masked_wavelet_codec.errors import CodecError
 from masked_wavelet_codec.numbers import NumberModel, code_numbers
+from masked_wavelet_codec.payloads import read_array_head, read_floats, write_array_head
 from masked_wavelet_codec.scene import QuantisedArray
-from masked_wavelet_codec.validation import LARGEST_INT16, MAX_DIMS, check_step
+from masked_wavelet_codec.validation import LARGEST_INT16, check_step
 
 __all__ = ["decode_networks", "decode_occupancy", "encode_networks", "encode_occupancy"]
 
@@ -57,10 +58,7 @@ def encode_networks(networks: dict[str, np.ndarray | QuantisedArray]) -> bytes:
     for name, array in arrays:
         is_integer = isinstance(array, QuantisedArray)
         shape = array.values.shape if is_integer else array.shape
-        writer.text(name)
-        writer.u8(len(shape))
-        for length in shape:
-            writer.varint(length)
+        write_array_head(writer, name, shape)
         writer.u8(_INTEGERS if is_integer else _FLOATS)
     for _, array in arrays:
         if isinstance(array, QuantisedArray):
@@ -80,12 +78,8 @@ def decode_networks(reader: Reader, budget: Budget) -> dict[str, np.ndarray | Qu
     """Inverse of :func:`encode_networks`."""
     shapes: dict[str, tuple[tuple[int, ...], int]] = {}
     for _ in range(reader.varint()):
-        name, num_dims = reader.text(), reader.u8()
-        if num_dims > MAX_DIMS:
-            raise reader.error(f"{name!r} has {num_dims} dimensions, expected {MAX_DIMS} at most")
-        if name in shapes:
-            raise reader.error(f"the name {name!r} comes twice")
-        shape, kind = reader.varints(num_dims), reader.u8()
+        name, shape = read_array_head(reader, shapes)
+        kind = reader.u8()
         if kind not in (_FLOATS, _INTEGERS):
             raise reader.error(f"{name!r} is of the unknown kind {kind}")
         shapes[name] = shape, kind
@@ -99,10 +93,9 @@ def decode_networks(reader: Reader, budget: Budget) -> dict[str, np.ndarray | Qu
     networks: dict[str, np.ndarray | QuantisedArray] = {}
     for name, (shape, kind) in shapes.items():
         if kind == _FLOATS:
-            budget.spend(4 * counts[name], reader.where)
-            data = np.frombuffer(reader.raw(4 * counts[name]), "<f4")
-            networks[name] = data.astype(np.float32).reshape(shape)
-    _expect_room(reader, sum(counts[name] for name, (_, model) in models.items() if model.more))
+            networks[name] = read_floats(reader, shape, budget)
+    num_decided = sum(counts[name] for name, (_, model) in models.items() if model.more)
+    expect_room(reader, reader.num_left, num_decided)
     decoder = Decoder(reader)
     for name, (step, model) in models.items():
         budget.spend(2 * counts[name], reader.where)
@@ -130,7 +123,7 @@ def decode_occupancy(reader: Reader, budget: Budget) -> np.ndarray:
     shape = reader.varints(3)
     count = count_elements(shape, reader.where)
     _expect_few_fronts(shape, reader.where)
-    _expect_room(reader, count)
+    expect_room(reader, reader.num_left, count)
     budget.spend(count, reader.where)
     decoder = Decoder(reader)
     occupancy = _code_voxels(decoder, shape, None)
@@ -171,8 +164,3 @@ def _code_voxels(coder: Coder, shape: Sequence[int], given: np.ndarray | None) -
 def _expect_few_fronts(shape: Sequence[int], where: str) -> None:
     if 0 not in shape and 3 * shape[0] + 2 * shape[1] + shape[2] > _MOST_FRONTS:
         raise CodecError(f"{where}: {tuple(shape)} voxels, 3 X + 2 Y + Z beyond {_MOST_FRONTS}")
-
-
-def _expect_room(reader: Reader, count: int) -> None:
-    if count > MOST_PER_BYTE * (reader.num_left + 8):
-        raise reader.error(f"{reader.num_left} bytes cannot hold {count} decisions")

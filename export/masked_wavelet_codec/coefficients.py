@@ -20,10 +20,10 @@ import numpy as np
 from masked_wavelet_codec import contexts
 from masked_wavelet_codec.ans import (
     EVEN,
-    MOST_PER_BYTE,
     Coder,
     Decoder,
     Encoder,
+    expect_room,
     logit_of,
     read_logits,
     weights_of,
@@ -85,7 +85,7 @@ class _Known:
         self, number: int, shape: tuple[int, int, int, int], key: tuple
     ) -> ChannelContexts:
         above = self._classes.get(number)
-        if above is not None and (not above.size or above.shape[1] not in (1, shape[1])):
+        if above is not None and not above.size:
             above = np.zeros((shape[0], 1, 1, 1), np.int8)
         others = self._kept.get(key, np.zeros(shape[1:], np.int32))
         return ChannelContexts(shape[1:], above, others)
@@ -256,8 +256,7 @@ def decode_levels(
             for _, band in family
             if model.numbers.more
         )
-        if masked + kept > MOST_PER_BYTE * (num_bytes + 8):
-            raise reader.error(f"{num_bytes} bytes cannot hold {masked + kept} decisions")
+        expect_room(reader, num_bytes, masked + kept)
         budget.spend(BYTES_PER_COEFFICIENT * count, reader.where)
         decoder = Decoder(reader)
         known.begin_level()
@@ -328,7 +327,7 @@ def _fit_weights(
         regular = np.arange(B * h * w).reshape(B, h, w)
         for c, channel in enumerate(mask):
             of_dropped = (regular + c) % every_dropped == 0
-            of_kept = True if every_kept == 1 else (regular + c) % every_kept == 0
+            of_kept = (regular + c) % every_kept == 0
             where = np.nonzero(np.where(channel, of_kept, of_dropped))
             features = [
                 np.broadcast_to(context.refined(f) if is_coarse else f, (B, h, w))[where]

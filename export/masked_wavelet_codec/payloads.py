@@ -12,6 +12,7 @@ A record holds one camera, fields as in ``CAMERA_FIELDS``. Blocks: see ``blocks`
 from __future__ import annotations
 
 import json
+from collections.abc import Container, Sequence
 from typing import NoReturn
 
 import numpy as np
@@ -31,6 +32,9 @@ __all__ = [
     "encode_meta",
     "encode_networks",
     "encode_occupancy",
+    "read_array_head",
+    "read_floats",
+    "write_array_head",
 ]
 
 _MAX_META_BYTES = 2**20
@@ -109,10 +113,7 @@ def encode_networks(networks: dict[str, np.ndarray]) -> bytes:
     writer.varint(len(networks))
     names = sorted(networks)
     for name in names:
-        writer.text(name)
-        writer.u8(networks[name].ndim)
-        for length in networks[name].shape:
-            writer.varint(length)
+        write_array_head(writer, name, networks[name].shape)
     for name in names:
         writer.raw(networks[name].astype("<f4").tobytes())
     return writer.getvalue()
@@ -121,20 +122,36 @@ def encode_networks(networks: dict[str, np.ndarray]) -> bytes:
 def decode_networks(reader: Reader, budget: Budget) -> dict[str, np.ndarray]:
     shapes = {}
     for _ in range(reader.varint()):
-        name, num_dims = reader.text(), reader.u8()
-        if num_dims > MAX_DIMS:
-            raise reader.error(f"{name!r} has {num_dims} dimensions, expected {MAX_DIMS} at most")
-        if name in shapes:
-            raise reader.error(f"the name {name!r} comes twice")
-        shapes[name] = reader.varints(num_dims)
-    networks = {}
-    for name, shape in shapes.items():
-        num_bytes = 4 * count_elements(shape, reader.where)
-        budget.spend(num_bytes, reader.where)
-        data = np.frombuffer(reader.raw(num_bytes), "<f4")
-        networks[name] = data.astype(np.float32).reshape(shape)
+        name, shape = read_array_head(reader, shapes)
+        shapes[name] = shape
+    networks = {name: read_floats(reader, shape, budget) for name, shape in shapes.items()}
     reader.finish()
     return networks
+
+
+def write_array_head(writer: Writer, name: str, shape: Sequence[int]) -> None:
+    """Appends name, number of dimensions and lengths of an array."""
+    writer.text(name)
+    writer.u8(len(shape))
+    for length in shape:
+        writer.varint(length)
+
+
+def read_array_head(reader: Reader, known: Container[str]) -> tuple[str, tuple[int, ...]]:
+    """Inverse of :func:`write_array_head`; the name must not be a known one."""
+    name, num_dims = reader.text(), reader.u8()
+    if num_dims > MAX_DIMS:
+        raise reader.error(f"{name!r} has {num_dims} dimensions, expected {MAX_DIMS} at most")
+    if name in known:
+        raise reader.error(f"the name {name!r} comes twice")
+    return name, reader.varints(num_dims)
+
+
+def read_floats(reader: Reader, shape: tuple[int, ...], budget: Budget) -> np.ndarray:
+    """An array of float32, whose data comes next."""
+    num_bytes = 4 * count_elements(shape, reader.where)
+    budget.spend(num_bytes, reader.where)
+    return np.frombuffer(reader.raw(num_bytes), "<f4").astype(np.float32).reshape(shape)
 
 
 def encode_occupancy(occupancy: np.ndarray) -> bytes:
