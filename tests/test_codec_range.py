@@ -227,7 +227,7 @@ def test_octaves_by_big_integers():
 
 @pytest.mark.parametrize("shape", [(2, 5, 7), (3, 1, 6), (1, 4, 1), (2, 1, 1), (2, 0, 3), (4, 4)])
 def test_neighbours_by_plain_loops(shape):
-    values = (np.arange(np.prod(shape)) * 7919 % 23 - 5).reshape(shape).astype(np.int32)
+    values = (np.arange(np.prod(shape)) * 7919 % 3 - 1).reshape(shape).astype(np.int32)
     h, w = shape[-2:]
     around, beside = np.zeros_like(values), np.zeros_like(values)
     for i, j in np.ndindex(h, w):
@@ -239,7 +239,7 @@ def test_neighbours_by_plain_loops(shape):
                     beside[..., i, j] += values[..., y, x]
     np.testing.assert_array_equal(contexts.around(values), around)
     np.testing.assert_array_equal(contexts.beside(values), beside)
-    flags = values > 3
+    flags = values > 0
     np.testing.assert_array_equal(contexts.beside(flags), contexts.beside(flags.astype(np.int32)))
 
 

@@ -5,6 +5,7 @@ described in ``export/FORMAT.md``.
 """
 
 from masked_wavelet_codec.codec import DEFAULT_SIZE_LIMIT, decode, encode
+from masked_wavelet_codec.coefficients import Measured, measure
 from masked_wavelet_codec.description import Description, LevelInfo, SectionInfo, describe
 from masked_wavelet_codec.errors import CodecError
 from masked_wavelet_codec.files import read, write
@@ -18,6 +19,7 @@ __all__ = [
     "Description",
     "Grid",
     "LevelInfo",
+    "Measured",
     "QuantisedArray",
     "Scene",
     "SectionInfo",
@@ -25,6 +27,7 @@ __all__ = [
     "describe",
     "encode",
     "equal",
+    "measure",
     "read",
     "write",
 ]

@@ -28,6 +28,7 @@ __all__ = [
     "Coder",
     "Decoder",
     "Encoder",
+    "Meter",
     "expect_room",
     "logit_of",
     "read_logits",
@@ -118,6 +119,28 @@ class Decoder:
         """Check that the words hold these decisions and nothing else."""
         if self._coder.pos() != (0, _START):
             raise self._reader.error("the coded decisions do not end where they should")
+
+
+class Meter:
+    """Takes decisions as an encoder does, and counts what they cost."""
+
+    def __init__(self) -> None:
+        self.bits = 0.0
+        """Of all decisions so far, without the rounding to whole words."""
+        self._weights: list[np.ndarray] = []
+
+    def code(self, weights: np.ndarray, decisions: np.ndarray | None) -> np.ndarray:
+        """Counts the next decisions."""
+        assert decisions is not None
+        taken = np.where(decisions, weights, _TOTAL - weights)
+        self.bits -= float(np.log2(taken / _TOTAL).sum())
+        self._weights.append(weights)
+        return decisions
+
+    def log_odds(self) -> np.ndarray:
+        """log2 of the odds of a yes, float32, for each decision so far."""
+        weights = np.concatenate(self._weights).astype(np.float32)
+        return np.log2(weights / (np.float32(_TOTAL) - weights))
 
 
 def expect_room(reader: Reader, num_bytes: int, count: int) -> None:

@@ -12,6 +12,7 @@ encoder and decoder.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ from masked_wavelet_codec.ans import (
     Coder,
     Decoder,
     Encoder,
+    Meter,
     expect_room,
     logit_of,
     read_logits,
@@ -38,12 +40,18 @@ from masked_wavelet_codec.numbers import NumberModel, class_of, code_magnitudes
 from masked_wavelet_codec.scene import BYTES_PER_COEFFICIENT, Band, Grid
 from masked_wavelet_codec.validation import largest_value
 
-__all__ = ["decode_levels", "encode_levels"]
+__all__ = ["Measured", "decode_levels", "encode_levels", "measure"]
 
 _MOST_CHANNELS = 2**13
 """With a mask, of all grids at all levels: each takes a fifth of a millisecond, however small."""
+_MOST_APART = 3
+"""Channels of which one is looked at for the weights, at most."""
 _SAMPLES = 1 << 15
 """Kept coefficients, about, that a family's weights are fitted to, and as many dropped ones."""
+
+
+_Member = tuple[int, BandLayout, np.ndarray, np.ndarray]
+"""A grid's number, its layout at the level, values and mask, both (C, B, h, w)."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,9 @@ class _Known:
 
     def add(self, number: int, values: np.ndarray, mask: np.ndarray, key: tuple) -> None:
         # One more than that of a kept coefficient's value, which may be zero.
-        self._classes[number] = (class_of(values) + 1) * mask
+        classes = np.zeros(mask.shape, np.int8)
+        classes[mask] = class_of(values[mask]) + 1
+        self._classes[number] = classes
         kept = mask.sum(axis=0, dtype=np.int32)
         self._kept[key] = self._kept.get(key, 0) + kept
 
@@ -186,32 +196,98 @@ def _code_values(
 def encode_levels(_bits: int, grids: Sequence[Grid]) -> Iterator[Section]:
     """The sections of all levels, coarse first; the width of the quantiser does not matter here."""
     known, num_channels = _Known(), 0
-    num_levels = max((len(grid.bands) for grid in grids), default=0)
-    for level in range(num_levels):
-        bands = {n: grid.bands[level] for n, grid in enumerate(grids) if level < len(grid.bands)}
-        layouts = [
-            (n, BandLayout(level, b.values.shape, b.values.size, int(b.mask.sum()), b.step))
-            for n, b in bands.items()
-        ]
+    for level, bands in _by_level(grids):
+        layouts = _layouts(level, bands)
         num_channels = _count_channels(layouts, num_channels, f"level {level}")
         keys, writer, encoder = _keys(layouts), Writer(), Encoder()
         known.begin_level()
-        for family in _families(layouts):
-            members = [
-                (number, band, bands[number].values.reshape(_four(band.shape)))
-                for number, band in family
-            ]
-            masks = [bands[number].mask.reshape(_four(band.shape)) for number, band in family]
-            model = _fit(known, members, masks, keys)
+        for model, members in _with_models(known, layouts, bands, keys):
             model.write(writer)
-            for (number, band, values), mask in zip(members, masks, strict=True):
+            for number, band, values, mask in members:
                 _code_grid(encoder, known, model, number, band, keys[number], values, mask)
         writer.raw(encoder.getvalue())
         yield Section(SectionType.COEFFICIENTS, level, writer.getvalue())
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What the coefficients of some grids cost in this profile, and what each of them would."""
+
+    bits: float
+    """All decisions together; models and frames of a file, some hundred bytes, not counted."""
+    prices: list[list[np.ndarray]]
+    """For each grid and level, of the shape of its values, float32: bits that keeping a coefficient
+    costs more than dropping it, the others being as they are; below zero where it is expected."""
+
+
+def measure(grids: Sequence[Grid]) -> Measured:
+    """What :func:`encode_levels` would spend, and where."""
+    known, bits = _Known(), 0.0
+    prices: list[list[np.ndarray]] = [[] for _ in grids]
+    for level, bands in _by_level(grids):
+        layouts = _layouts(level, bands)
+        keys = _keys(layouts)
+        known.begin_level()
+        for model, members in _with_models(known, layouts, bands, keys):
+            of_masks, of_values = [Meter() for _ in members], Meter()
+            for (number, band, values, mask), meter in zip(members, of_masks, strict=True):
+                coders = meter, of_values
+                _code_grid(coders, known, model, number, band, keys[number], values, mask)
+            num_kept = sum(band.num_kept for _, band, _, _ in members)
+            of_value = of_values.bits / max(num_kept, 1)
+            for (number, band, _, _), meter in zip(members, of_masks, strict=True):
+                # As _code_mask goes: channel by channel, white fields before black ones.
+                shape = _four(band.shape)
+                order = np.concatenate(contexts.fields(shape[1:]))
+                odds = np.empty((shape[0], math.prod(shape[1:])), np.float32)
+                if 0 < band.num_kept < band.count:
+                    odds[:, order] = meter.log_odds().reshape(-1, order.size)
+                else:  # nothing is coded, but the first exception would be
+                    odds[:] = np.log2(band.count + 1) * (1 if band.num_kept else -1)
+                prices[number].append((of_value - odds).reshape(band.shape))
+                bits += meter.bits
+            bits += of_values.bits
+    return Measured(bits, prices)
+
+
+def _by_level(grids: Sequence[Grid]) -> Iterator[tuple[int, dict[int, Band]]]:
+    """Coarse first: the bands of a level, by the number of the grid."""
+    for level in range(max((len(grid.bands) for grid in grids), default=0)):
+        yield (
+            level,
+            {n: grid.bands[level] for n, grid in enumerate(grids) if level < len(grid.bands)},
+        )
+
+
+def _layouts(level: int, bands: dict[int, Band]) -> list[tuple[int, BandLayout]]:
+    return [
+        (n, BandLayout(level, b.values.shape, b.values.size, int(b.mask.sum()), b.step))
+        for n, b in bands.items()
+    ]
+
+
+def _with_models(
+    known: _Known,
+    layouts: Sequence[tuple[int, BandLayout]],
+    bands: dict[int, Band],
+    keys: dict[int, tuple],
+) -> Iterator[tuple[_Model, list[_Member]]]:
+    """The families of a level with their models, each fitted once those before are coded."""
+    for family in _families(layouts):
+        members = [
+            (
+                number,
+                band,
+                bands[number].values.reshape(_four(band.shape)),
+                bands[number].mask.reshape(_four(band.shape)),
+            )
+            for number, band in family
+        ]
+        yield _fit(known, members, keys), members
+
+
 def _code_grid(
-    coder: Coder,
+    coder: Coder | tuple[Coder, Coder],
     known: _Known,
     model: _Model,
     number: int,
@@ -220,14 +296,19 @@ def _code_grid(
     values: np.ndarray | None = None,
     mask: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Codes a grid at a level; values (C, B, h, w) int32 and mask."""
+    """Codes a grid at a level, with one coder or one for masks and one for values.
+
+    Returns:
+        Values (C, B, h, w) int32 and mask.
+    """
+    of_mask, of_values = coder if isinstance(coder, tuple) else (coder, coder)
     shape = _four(band.shape)
     if 0 < band.num_kept < band.count:
         context = known.contexts(number, shape, key)
-        mask = _code_mask(coder, context, model.weights, mask, shape[0])
+        mask = _code_mask(of_mask, context, model.weights, mask, shape[0])
     else:
         mask = np.full(shape, band.num_kept > 0)
-    values = _code_values(coder, model, mask, values)
+    values = _code_values(of_values, model, mask, values)
     known.add(number, values, mask, key)
     return values, mask
 
@@ -282,50 +363,47 @@ def decode_levels(
     return bands
 
 
-def _fit(
-    known: _Known,
-    members: Sequence[tuple[int, BandLayout, np.ndarray]],
-    masks: Sequence[np.ndarray],
-    keys: dict[int, tuple],
-) -> _Model:
+def _fit(known: _Known, members: Sequence[_Member], keys: dict[int, tuple]) -> _Model:
     """The model that suits a family at a level."""
-    kept_values = [values[mask] for (_, _, values), mask in zip(members, masks, strict=True)]
+    kept_values = [values[mask] for _, _, values, mask in members]
     numbers = NumberModel.fit(np.concatenate(kept_values))
     agree = [0, 0]
-    for _, _, values in members:
+    for _, _, values, _ in members:
         signs = np.sign(values).astype(np.int32)
         black = chessboard(*signs.shape[2:])
         expected = np.sign(contexts.beside(np.where(black, 0, signs)))
         known_signs = black & (signs != 0) & (expected != 0)
         agree[0] += int((signs == expected)[known_signs].sum())
         agree[1] += int((signs != expected)[known_signs].sum())
-    weights = _fit_weights(known, members, masks, keys)
+    weights = _fit_weights(known, members, keys)
     return _Model(weights, numbers, logit_of(*agree))
 
 
 def _fit_weights(
-    known: _Known,
-    members: Sequence[tuple[int, BandLayout, np.ndarray]],
-    masks: Sequence[np.ndarray],
-    keys: dict[int, tuple],
+    known: _Known, members: Sequence[_Member], keys: dict[int, tuple]
 ) -> tuple[int, ...]:
     chosen = [
-        (number, band, mask)
-        for (number, band, _), mask in zip(members, masks, strict=True)
-        if 0 < band.num_kept < band.count
+        (number, band, mask) for number, band, _, mask in members if 0 < band.num_kept < band.count
     ]
     if not chosen:
         return (0,) * NUM_WEIGHTS
     num_kept = sum(band.num_kept for _, band, _ in chosen)
     num_dropped = sum(band.count for _, band, _ in chosen) - num_kept
     every_kept, every_dropped = (max(1, n // _SAMPLES) for n in (num_kept, num_dropped))
-    samples, kept = [], []
+    # Where there is plenty, whole channels are left out: features are made for a channel at once.
+    every_channel = min(every_kept, every_dropped, _MOST_APART)
+    every_kept, every_dropped = every_kept // every_channel, every_dropped // every_channel
+    samples, kept, turn = [], [], 0
     for number, band, mask in chosen:
         context = known.contexts(number, _four(band.shape), keys[number])
         B, h, w = context.size
         black = np.broadcast_to(chessboard(h, w), (B, h, w))
         regular = np.arange(B * h * w).reshape(B, h, w)
         for c, channel in enumerate(mask):
+            turn += 1
+            if turn % every_channel:
+                context.advance(channel)
+                continue
             of_dropped = (regular + c) % every_dropped == 0
             of_kept = (regular + c) % every_kept == 0
             where = np.nonzero(np.where(channel, of_kept, of_dropped))
