@@ -19,6 +19,11 @@ COMMANDS = {
     "decode": ("masked_wavelet_nerf.decode", "Decode", "turn a bitstream back into a run"),
     "info": ("masked_wavelet_nerf.decode", "Info", "describe a bitstream"),
     "bench": ("masked_wavelet_nerf.bench", "Bench", "measure a preset from training to decoding"),
+    "curve": (
+        "masked_wavelet_nerf.curves",
+        "Curve",
+        "compare rate-distortion curves of rows that bench printed",
+    ),
     "peers": (
         "masked_wavelet_nerf.peers",
         "Peers",
