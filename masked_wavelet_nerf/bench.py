@@ -143,7 +143,7 @@ def run_preset(
         "psnr_after": after.psnr,
         "ssim": after.ssim,
         "bytes": description.num_bytes,
-        "estimated_bytes": float(run.model.estimated_bytes(run.model.field.to_spatial().kept)),
+        "estimated_bytes": float(run.model.rate.estimate(run.model.field.to_spatial().kept)),
         "bytes_by_part": description.parts,
         "dropped": report.dropped_fraction(description),
         "integers_equal": _same_integers(run.model, decoded.model, scene.bits),

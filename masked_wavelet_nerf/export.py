@@ -10,7 +10,7 @@ import torch
 from nerfstudio.utils.rich_utils import CONSOLE
 
 import masked_wavelet_codec as codec
-from masked_wavelet_nerf import report
+from masked_wavelet_nerf import recode, report
 from masked_wavelet_nerf.runs import Evaluation, Run, evaluate, open_run, scene_of_run
 from masked_wavelet_nerf.scene import load_scene_into
 
@@ -35,6 +35,9 @@ class ExportMaskedWavelet:
     """How the scene is coded. range: every coefficient knowing what came before it, networks as
     integers. paper: the paper's pipeline (run lengths, Huffman, raw floats), for comparison: twice
     as large."""
+    allowed_loss: float = 0.0
+    """dB of PSNR that may be given for fewer bytes: every band gets coarser quantiser steps, as far
+    as test views allow. 0 keeps those of training. Needs the capture, and a minute."""
     data: Path | None = None
     """Where the capture is now, if not where the run was trained from."""
     evaluate: bool = True
@@ -53,11 +56,15 @@ class ExportMaskedWavelet:
                 f"cameras; --data says where it is. ({run.missing})"
             )
         before = evaluate(run.pipeline) if self.evaluate and run.pipeline else None
+        exported = before
+        if self.allowed_loss > 0:
+            recode.coarsen(run, self.allowed_loss)
+            exported = evaluate(run.pipeline) if self.evaluate and run.pipeline else None
         path, description = export_run(
             run,
             self.output_dir / self.filename,
             profile=self.profile,
-            psnr=before.psnr if before else None,
+            psnr=exported.psnr if exported else None,
             notes={"licence": self.licence, "author": self.author},
         )
         CONSOLE.print(report.tables(description))

@@ -61,7 +61,7 @@ class SpatialField(NamedTuple):
     kept: list[Int[Tensor, " _"]]
     """Kept coefficients per level of each grid, in the order of :meth:`WaveletPlaneField.grids`."""
     logit_sum: Float[Tensor, ""] | None
-    """Σ of all logits, where it costs nothing."""
+    """Σ of all logits, times their prices, where it costs nothing."""
 
 
 class WaveletPlaneField(nn.Module):

@@ -3,13 +3,17 @@
 The order is quantise → mask → inverse transform (paper, section 3.3). Both steps are piecewise
 constant, so both pass gradients straight through:
 
-    q  = clip(round(v / Δ), -Q, Q)            integers, Q = 2^(bits-1) - 1
+    q  = clip(round(v / Δ), -Q, Q)            integers
     v̂  = Δ · q · H(m)                         H(m) = 1 where the logit m ≥ 0, else 0
     ∂v̂/∂v := H(m)                             a dropped coefficient gets no gradient
     ∂v̂/∂m := Δ · q · σ'(m)                    σ' = σ(1 - σ): a dropped one can come back
 
 The step Δ of a band is (max |v| over its kept coefficients) / Q, so that the extremes are exact and
-nothing that is kept is clipped. The codec stores q and Δ: training and file share this quantiser.
+nothing that is kept is clipped. Every band has its own Q, 2^(bits-1) - 1 at most: see ``rate``. The
+codec stores q and Δ, and Q is the largest |q|: training and file share this quantiser.
+
+A *price* says what keeping a coefficient costs in the file: bits in eighths, uint8, so that 80, ten
+bits, is a usual one. See ``rate``.
 
 Letters: C channels, B bands of a level (1 approximation, 3 details), ``*n`` spatial axes.
 """
@@ -24,6 +28,10 @@ from jaxtyping import Bool, Float, Int16
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+PRICES_PER_BIT = 8
+USUAL_PRICE = 80
+"""What counts as one."""
+
 
 class QuantisedBand(NamedTuple):
     """Integers of one level of one grid, as the codec stores them."""
@@ -37,7 +45,7 @@ class QuantisedBand(NamedTuple):
 
 
 def largest_integer(bits: int) -> int:
-    """Q, the largest integer of the symmetric quantiser.
+    """The largest Q of so many bits.
 
     Raises:
         ValueError: if ``bits`` is outside 2–16.
@@ -59,14 +67,14 @@ def keep(
 
 
 def quantiser_step(
-    values: Float[Tensor, "*n"], kept: Bool[Tensor, "*n"], bits: int
+    values: Float[Tensor, "*n"], kept: Bool[Tensor, "*n"], largest: int
 ) -> Float[Tensor, ""]:
     """Δ of a band or weight: max |v| over what is kept, over Q; 1 where nothing is, or all is zero.
 
     Stays on the device: no host synchronisation.
     """
     # The step is what is tested: it underflows to zero before the largest value does.
-    step = torch.where(kept, values.detach().abs(), 0).amax() / largest_integer(bits)
+    step = torch.where(kept, values.detach().abs(), 0).amax() / largest
     return torch.where(step > 0, step, torch.ones_like(step))
 
 
@@ -77,11 +85,11 @@ class _MaskedQuantise(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, values, logits, bits, threshold):
+    def forward(ctx, values, logits, largest, threshold):
         kept = keep(logits, values, threshold)
         quantised = values
-        if bits is not None:
-            step, largest = quantiser_step(values, kept, bits), largest_integer(bits)
+        if largest is not None:
+            step = quantiser_step(values, kept, largest)
             quantised = (values / step).round_().clamp_(-largest, largest).mul_(step)
         shown = torch.where(kept, quantised, 0)  # a product would turn the mask to floats first
         ctx.save_for_backward(kept, logits, quantised)
@@ -105,7 +113,7 @@ class _MaskedQuantise(torch.autograd.Function):
 def masked_quantise(
     values: Float[Tensor, "C B *n"],
     logits: Float[Tensor, "C B *n"] | None,
-    bits: int | None,
+    largest: int | None,
     threshold: float = 0.0,
 ) -> tuple[Float[Tensor, "C B *n"], Bool[Tensor, "C B *n"]]:
     """Quantises and masks one band with straight-through gradients.
@@ -113,30 +121,22 @@ def masked_quantise(
     Args:
         values: coefficients v.
         logits: mask logits m, or None to keep everything.
-        bits: quantiser width 2–16, or None to leave values unquantised.
+        largest: Q, or None to leave values unquantised.
         threshold: logits below it are dropped; 0 in training, the viewer's slider moves it.
 
     Returns:
         v̂ and the hard mask.
-
-    Raises:
-        ValueError: if ``bits`` is outside 2–16.
     """
-    return _MaskedQuantise.apply(values, logits, bits, threshold)
+    return _MaskedQuantise.apply(values, logits, largest, threshold)
 
 
 @torch.no_grad()
 def quantise_to_integers(
-    values: Float[Tensor, "C B *n"], logits: Float[Tensor, "C B *n"] | None, bits: int
+    values: Float[Tensor, "C B *n"], logits: Float[Tensor, "C B *n"] | None, largest: int
 ) -> QuantisedBand:
-    """The integers behind :func:`masked_quantise`; kept zeros are dropped, which changes nothing.
-
-    Raises:
-        ValueError: if ``bits`` is outside 2–16.
-    """
+    """The integers behind :func:`masked_quantise`; kept zeros are dropped: nothing changes."""
     kept = keep(logits, values)
-    step = quantiser_step(values, kept, bits)
-    largest = largest_integer(bits)
+    step = quantiser_step(values, kept, largest)
     integers = ((values / step).round_().clamp_(-largest, largest) * kept).to(torch.int16)
     return QuantisedBand(integers, integers != 0, step)
 
@@ -158,8 +158,9 @@ class _Round(torch.autograd.Function):
 def round_to_integers(
     values: Float[Tensor, "*n"], bits: int
 ) -> tuple[Float[Tensor, "*n"], Float[Tensor, ""]]:
-    """Integers within ±Q, as floats, and the step Δ of all of them: max |v| / Q."""
-    step = quantiser_step(values, torch.ones_like(values, dtype=torch.bool), bits)
+    """Integers of so many bits, as floats, and the step Δ of all of them: max |v| / Q."""
+    everything = torch.ones_like(values, dtype=torch.bool)
+    step = quantiser_step(values, everything, largest_integer(bits))
     return (values.detach() / step).round_(), step
 
 

@@ -11,8 +11,8 @@ from nerfstudio.pipelines.base_pipeline import VanillaPipelineConfig
 from nerfstudio.plugins.types import MethodSpecification
 
 from masked_wavelet_nerf import ns_export
+from masked_wavelet_nerf.config import MaskedWaveletModelConfig
 from masked_wavelet_nerf.datamanager import WaveletDataManagerConfig
-from masked_wavelet_nerf.model import MaskedWaveletModelConfig
 from masked_wavelet_nerf.optimisers import FusedAdamOptimizerConfig, RestartedDecaySchedulerConfig
 
 ns_export.install()

@@ -7,16 +7,15 @@ World positions become grid points in [-1, 1]³ by the box (bounded scenes) or b
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from nerfacc import accumulate_along_rays
 from nerfstudio.cameras.rays import RayBundle
+from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager
 from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.engine.callbacks import (
     TrainingCallback,
@@ -27,7 +26,7 @@ from nerfstudio.field_components.spatial_distortions import SceneContraction
 from nerfstudio.model_components.ray_samplers import UniformLinDispPiecewiseSampler
 from nerfstudio.model_components.renderers import RGBRenderer
 from nerfstudio.model_components.scene_colliders import AABBBoxCollider, NearFarCollider
-from nerfstudio.models.base_model import Model, ModelConfig
+from nerfstudio.models.base_model import Model
 from nerfstudio.utils import colormaps
 from nerfstudio.utils.rich_utils import CONSOLE
 from nerfstudio.viewer.viewer_elements import ViewerSlider
@@ -35,12 +34,14 @@ from nerfstudio.viewer_legacy.server.viewer_utils import IOChangeException
 from torch import Tensor
 from torch.nn import Parameter
 
-from masked_wavelet_nerf import accelerators, native, threads
+from masked_wavelet_nerf import accelerators, native, sensitivity, threads
+from masked_wavelet_nerf.config import MaskedWaveletModelConfig
 from masked_wavelet_nerf.errors import UserError
-from masked_wavelet_nerf.field import FieldConfig, SpatialField, WaveletPlaneField
+from masked_wavelet_nerf.field import SpatialField, WaveletPlaneField
+from masked_wavelet_nerf.masking import largest_integer
 from masked_wavelet_nerf.metrics import ImageMetrics
-from masked_wavelet_nerf.planes import PlanesName, ReduceName
-from masked_wavelet_nerf.rate import PenaltyName, estimate_bytes, estimate_side_bytes, mask_penalty
+from masked_wavelet_nerf.rate import mask_penalty, suited_integers
+from masked_wavelet_nerf.rate_control import RateControl
 from masked_wavelet_nerf.sampling import (
     OccupancyGrid,
     PackedSamples,
@@ -49,147 +50,25 @@ from masked_wavelet_nerf.sampling import (
     march,
     pack,
 )
-from masked_wavelet_nerf.wavelet import TransformName
 
 _RAYS_PER_CHUNK = 1 << 14
 """Rays that are asked at once whether they can see anything."""
 
 
+_INITIAL_SLOPE = 0.197
+"""σ' of masks as they start."""
+_STEERING_STEPS = 10
+"""Steps between corrections of λ on the way to a size."""
+_STEERED_SHARE = 0.9
+"""Of the steps that are left: when the size shall be there."""
+_DRAWS = 8
+"""Batches of rays that the sensitivity of bands is measured with."""
+_BIT_SHARE = 0.2
+"""Of λ: what a bit is worth in squared error. Chosen by trial; see docs/rate_distortion.md."""
+
+
 class CheckpointMismatchError(UserError):
     """A checkpoint does not hold what the configured model needs."""
-
-
-@dataclass
-class MaskedWaveletModelConfig(ModelConfig):
-    """A radiance field of masked wavelet coefficients."""
-
-    _target: type = field(default_factory=lambda: MaskedWaveletModel)
-    """Target class to instantiate."""
-
-    planes: PlanesName = "vm"
-    """vm: three planes, each times a line (TensoRF). triplane: three planes only."""
-    triplane_reduce: ReduceName = "product"
-    """How a tri-plane combines its three planes."""
-    transform: TransformName = "wavelet"
-    """What planes are stored as: wavelet or DCT coefficients, or the spatial values themselves."""
-    wavelet: str = "bior4.4"
-    """Discrete wavelet by its PyWavelets name: haar, db2, bior2.2, bior4.4, coif1, sym4, …"""
-    levels: int = 4
-    """Levels of the wavelet transform, 0 to 6."""
-    level_scaling: bool = True
-    """Store finer levels magnified, so that they are learnt more slowly."""
-    bits: int | None = 8
-    """Width of the quantiser in training and in the file, 2 to 16; None trains without one."""
-    masks: bool = True
-    """Give every coefficient a trainable mask."""
-    mask_weight: float = 1e-10
-    """λ, the weight of the mask penalty: larger gives smaller files. The paper's values are 1e-10,
-    5e-11 and 2.5e-11 for 300³ voxels; smaller grids and shorter trainings want more."""
-    mask_penalty: PenaltyName = "sum"
-    """sum: of raw logits, as in the paper's code. mean: the expected kept fraction, so that λ (some
-    1e-3) weighs the same at every grid size; masks then close early while the grid is small."""
-
-    num_density_components: int = 16
-    """Density components of each plane."""
-    num_appearance_components: int = 48
-    """Appearance components of each plane."""
-    appearance_dim: int = 27
-    """Features of the colour network, after the linear appearance map."""
-    hidden_dim: int = 128
-    """Width of the colour network's two hidden layers."""
-    num_frequencies: int = 2
-    """Frequencies of the encoding of appearance features and view direction."""
-    network_biases: bool = True
-    """Give the colour network biases, as in the paper. Without, tiny-cuda-nn can run it on CUDA."""
-    network_bits: int | None = 8
-    """Width of the integers, 2 to 16, that appearance map and colour network become in evaluation
-    and in the file; None keeps floats, four times as large."""
-    network_rounding_step: int = 15000
-    """Step from which training computes with those integers, too: matters below 8 bits."""
-    density_shift: float = -10.0
-    """Density = softplus(features + shift): how empty the scene starts."""
-    distance_scale: float = 25.0
-    """Factor on the distance between samples, as in TensoRF."""
-
-    contract: bool = True
-    """Unbounded: contract all of space into the planes' cube. Else the scene box is the cube."""
-    initial_resolution: int = 128
-    """Voxels per side at the start; a box that is no cube gets as many voxels in all."""
-    final_resolution: int = 300
-    """Voxels per side after the last upsampling."""
-    upsample_steps: tuple[int, ...] = (2000, 3000, 4000, 5500, 7000)
-    """Steps at which the planes are upsampled, by equal factors. Optimisers restart there."""
-    occupancy_steps: tuple[int, ...] = (2000, 4000, 6000, 11000, 16000, 21000, 26000)
-    """Steps at which empty space is looked for, to be skipped from then on."""
-    occupancy_resolution: int = 256
-    """Most occupancy nodes along an axis."""
-    occupancy_threshold: float = 1e-3
-    """Opacity of one sample under which space counts as empty."""
-    shrink_box: bool = True
-    """Bounded scenes: shrink the box to what is occupied at the first occupancy step."""
-    restrict_rays: bool = True
-    """Bounded scenes: after an occupancy step train only on pixels that can see something."""
-
-    near_plane: float = 0.05
-    """Distance from the camera at which sampling starts in training."""
-    far_plane: float = 1000.0
-    """Distance from the camera at which sampling ends in training."""
-    step_ratio: float = 0.5
-    """Bounded scenes: distance between samples, in voxels."""
-    num_samples: int = 192
-    """Unbounded scenes: samples along a ray, half of them within a distance of 1."""
-    colour_weight_threshold: float = 1e-4
-    """Training: samples of no more weight in their pixel get no colour; they darken it a little,
-    which clears empty space."""
-    colour_mass: float = 0.05
-    """Neighbouring samples share a colour, at their centre of mass, for about so much weight in
-    their pixel. 0 gives each its own, which takes two to four times as many."""
-    render_weight_threshold: float = 1e-3
-    """Rendering: what has no more than this share of its ray's opacity takes the colour of the rest
-    of it."""
-    background_color: Literal["white", "black", "random"] = "random"
-    """Colour behind the scene; random trains against a random one and renders over black."""
-
-    l1_weight_initial: float = 8e-5
-    """Weight of the mean absolute value of the density planes until the first occupancy step."""
-    l1_weight: float = 4e-5
-    """The same weight afterwards."""
-    tv_weight_density: float = 0.0
-    """Weight of the total variation of the density planes, taken in the spatial domain."""
-    tv_weight_appearance: float = 0.0
-    """Weight of the total variation of the appearance planes, taken in the spatial domain."""
-
-    eval_num_rays_per_chunk: int = 4096
-    """Rays rendered at once in evaluation."""
-    enable_collider: tyro.conf.Suppress[bool] = True
-    """Rays always get a near and a far distance."""
-    collider_params: tyro.conf.Suppress[dict[str, float] | None] = None
-    """Unused: see near_plane and far_plane."""
-    loss_coefficients: tyro.conf.Suppress[dict[str, float]] = field(default_factory=dict)
-    """Unused: every loss has a weight of its own."""
-    prompt: tyro.conf.Suppress[str | None] = None
-    """Unused."""
-
-    def field_config(self) -> FieldConfig:
-        """The part that fixes the field's parameters."""
-        return FieldConfig(
-            planes=self.planes,
-            reduce=self.triplane_reduce,
-            num_density_components=self.num_density_components,
-            num_appearance_components=self.num_appearance_components,
-            appearance_dim=self.appearance_dim,
-            hidden_dim=self.hidden_dim,
-            num_frequencies=self.num_frequencies,
-            network_biases=self.network_biases,
-            network_bits=self.network_bits,
-            density_shift=self.density_shift,
-            transform=self.transform,
-            wavelet=self.wavelet,
-            num_levels=self.levels,
-            level_scaling=self.level_scaling,
-            bits=self.bits,
-            masks=self.masks,
-        )
 
 
 class MaskedWaveletModel(Model):
@@ -214,7 +93,9 @@ class MaskedWaveletModel(Model):
         self.renderer_rgb = RGBRenderer(background_color=config.background_color)
         self.image_metrics = ImageMetrics()
         self._spatial: SpatialField | None = None
-        self._side: tuple[Tensor, Tensor] | None = None
+        self.rate = RateControl(
+            self.field, self.occupancy, self.num_train_data, config.target_bytes
+        )
         self._shown_in_image: tuple[int, float] | None = None
         self._on_box_changed()
 
@@ -281,7 +162,8 @@ class MaskedWaveletModel(Model):
             CheckpointMismatchError: naming what is missing, unexpected or of another shape.
         """
         try:
-            result = super().load_state_dict(state_dict, strict=True, assign=assign)
+            state = self.rate.complete(state_dict, "rate.")
+            result = super().load_state_dict(state, strict=True, assign=assign)
         except RuntimeError as error:
             raise CheckpointMismatchError(
                 "The checkpoint does not fit the configured model (planes, components, transform, "
@@ -440,10 +322,12 @@ class MaskedWaveletModel(Model):
             return losses
         spatial = self._spatial_of_step
         if config.masks and config.mask_weight > 0:
-            penalty = spatial.logit_sum if config.mask_penalty == "sum" else None
+            penalty = spatial.logit_sum if config.mask_penalty != "mean" else None
             if penalty is None:
-                penalty = mask_penalty(self._grid_parameters("logits"), config.mask_penalty)
-            losses["mask_loss"] = config.mask_weight * penalty
+                prices = [price for grid in self.field.grids().values() for price in grid.prices]
+                logits = self._grid_parameters("logits")
+                penalty = mask_penalty(logits, config.mask_penalty, prices)
+            losses["mask_loss"] = config.mask_weight * self.rate.factor() * penalty
         l1_weight = config.l1_weight if self.occupancy.is_known else config.l1_weight_initial
         if l1_weight > 0:
             grids = (*spatial.density.planes, *spatial.density.lines)
@@ -490,25 +374,10 @@ class MaskedWaveletModel(Model):
             kept = self._spatial_of_step.kept
             metrics["kept"] = torch.cat(kept).sum() / sum(map(sum, self._totals()))
             metrics.update(self._kept_by_level(kept))
-            metrics["estimated_bytes"] = self.estimated_bytes(kept)
+            metrics["estimated_bytes"] = self.rate.estimate(kept)
+            if self.config.target_bytes is not None:
+                metrics["mask_weight"] = self.config.mask_weight * self.rate.factor()
         return metrics
-
-    def estimated_bytes(self, kept: list[Int[Tensor, " _"]]) -> Float[Tensor, ""]:
-        """Size of the file that an export would write now, in the ``range`` profile.
-
-        Args:
-            kept: see :class:`SpatialField`.
-        """
-        cells = self.occupancy.cells
-        if self._side is None or self._side[0] is not cells:
-            self._side = cells, estimate_side_bytes(cells, self.num_train_data)
-        return self._side[1] + estimate_bytes(
-            kept,
-            sum(map(sum, self._totals())),
-            self.config.bits or 8,
-            self._num_network_parameters(),
-            self.config.network_bits,
-        )
 
     def _kept_by_level(self, kept: list[Tensor]) -> dict[str, Tensor]:
         num_levels = self.config.levels + 1
@@ -530,9 +399,6 @@ class MaskedWaveletModel(Model):
 
     def _totals(self) -> list[list[int]]:
         return [[p.numel() for p in grid.coefficients] for grid in self.field.grids().values()]  # pyright: ignore[reportGeneralTypeIssues]
-
-    def _num_network_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.field.networks().values())
 
     def get_image_metrics_and_images(self, outputs, batch):
         """PSNR, SSIM, LPIPS of a whole image, and pictures for the logs."""
@@ -573,7 +439,8 @@ class MaskedWaveletModel(Model):
             accelerators.try_out(self.field.colour_network, self.device)
             CONSOLE.log(accelerators.status())
         self._restrict_pixels(attributes)  # a resumed run goes on with the pixels it had
-        steps = {*self.config.occupancy_steps, *self.config.upsample_steps}
+        config = self.config
+        steps = {*config.occupancy_steps, *config.upsample_steps, *config.rate_steps}
         return [
             TrainingCallback(
                 where_to_run=[TrainingCallbackLocation.BEFORE_TRAIN_ITERATION],
@@ -586,6 +453,34 @@ class MaskedWaveletModel(Model):
                 func=self._follow_schedule,
                 kwargs={"attributes": attributes},
             ),
+            *self._steering(attributes),
+        ]
+
+    def _steering(self, attributes: TrainingCallbackAttributes) -> list[TrainingCallback]:
+        config = self.config
+        if config.target_bytes is None:
+            return []
+        if not config.masks or not config.rate_steps:
+            raise UserError("target-bytes needs masks and rate-steps: without, nothing steers size")
+        self.rate.check_target()
+        assert attributes.trainer is not None
+        first, last = min(config.rate_steps), attributes.trainer.config.max_num_iterations
+        if first >= last:
+            raise UserError(
+                f"target-bytes: the first of rate-steps, {first}, is not before the end, {last}"
+            )
+
+        def steer(step: int) -> None:
+            if step >= first:
+                progress = (step - first) / (_STEERED_SHARE * (last - first))
+                self.rate.steer(self._spatial_of_step.kept, progress, _STEERING_STEPS)
+
+        return [
+            TrainingCallback(
+                where_to_run=[TrainingCallbackLocation.AFTER_TRAIN_ITERATION],
+                update_every_num_iters=_STEERING_STEPS,
+                func=steer,
+            )
         ]
 
     def _round_networks(self, step: int) -> None:
@@ -608,6 +503,56 @@ class MaskedWaveletModel(Model):
             self.field.upsample(self._resolution(self._sides()[step]))
             self._on_box_changed()
             self._forget_optimiser_state(attributes)
+        if step in config.rate_steps:
+            self._measure_rate(attributes)
+
+    def _measure_rate(self, attributes: TrainingCallbackAttributes) -> None:
+        config = self.config
+        weight = self._bit_weight()
+        if config.bits is not None and config.suit_quantiser and weight > 0:
+            datamanager = attributes.pipeline.datamanager  # pyright: ignore[reportOptionalMemberAccess]
+            assert isinstance(datamanager, VanillaDataManager)
+            found = self.measure_sensitivity(lambda draw: datamanager.next_train(draw)[0])
+            self.suit_quantiser(found, weight)
+        prices = config.masks and config.mask_penalty == "rate"
+        self.rate.measure(self.field.to_spatial().kept, prices)
+
+    def measure_sensitivity(self, rays: Callable[[int], RayBundle]) -> list[Float[Tensor, " _"]]:
+        """What a unit of squared error costs in mean squared error of pixels, per grid and level.
+
+        Args:
+            rays: some training rays by number: below zero, so that no step's are among them.
+        """
+
+        def render(draw: int) -> tuple[Tensor, list[Tensor]]:
+            rgb = self(rays(draw - _DRAWS))["rgb"]
+            return rgb, self._spatial_of_step.kept
+
+        was_training = self.training
+        self.train()
+        coefficients = [list(grid.coefficients) for grid in self.field.grids().values()]
+        found = sensitivity.measure(render, coefficients, _DRAWS)
+        self.train(was_training)
+        return found
+
+    def suit_quantiser(self, sensitivities: list[Float[Tensor, " _"]], bit_weight: float) -> None:
+        """Gives every band the quantiser step that suits what its errors cost.
+
+        Args:
+            sensitivities: see :meth:`measure_sensitivity`.
+            bit_weight: mean squared error that a bit is worth.
+        """
+        most = largest_integer(self.rate.bits)
+        for grid, of_grid in zip(self.field.grids().values(), sensitivities, strict=True):
+            grid.set_largest(suited_integers(grid.extremes(), of_grid, bit_weight, most))
+        self._forget_spatial()
+
+    def _bit_weight(self) -> float:
+        """Mean squared error that a bit is worth, as λ says."""
+        weight = _BIT_SHARE * self.config.mask_weight * float(self.rate.factor())
+        if self.config.mask_penalty == "mean":  # a slope of σ' over all coefficients
+            return weight * _INITIAL_SLOPE / sum(map(sum, self._totals()))
+        return weight
 
     def _sides(self) -> dict[int, int]:
         """Voxels per side after each upsampling, by equal factors."""

@@ -28,6 +28,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from masked_wavelet_nerf import threads
+from masked_wavelet_nerf.masking import USUAL_PRICE
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -311,19 +312,20 @@ class Bands(NamedTuple):
 
     values: Sequence[Tensor]
     logits: Sequence[Tensor]
-    largest: int
-    """Q of the quantiser."""
+    prices: Sequence[Tensor]
+    """Of logits in their sum, see ``masking``, uint8; or empty: all weigh one."""
+    largest: np.ndarray
+    """Q of each level, float32."""
     synthesis: Levels
     adjoint: Levels
     size: tuple[int, ...]
     """Of the plane, (H, W), or line, (n,)."""
 
-    def arrays(self) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-        """Values and logits, flat, channels innermost."""
-        values, logits = (
-            tuple(_innermost(t) for t in level) for level in (self.values, self.logits)
-        )
-        return values, logits
+    def arrays(self) -> list[tuple[np.ndarray, ...]]:
+        """Values, logits and prices, flat, channels innermost."""
+        nothing = [np.zeros(0, np.uint8)] * len(self.values)
+        kinds = self.values, self.logits, self.prices
+        return [tuple(map(_innermost, kind)) or tuple(nothing) for kind in kinds]
 
 
 def masked_spatial(
@@ -333,7 +335,7 @@ def masked_spatial(
 
     Returns:
         Planes and lines, channels-last; how many coefficients of each level were kept; steps Δ;
-        and the sum of all logits.
+        and the sum of all logits, times their prices.
     """
     kernels = _kernels()
     assert kernels is not None
@@ -344,8 +346,9 @@ def masked_spatial(
         counts = np.empty(len(grid.values), np.int64)
         spatial, logit_sum = kernels.masked_spatial(
             *grid.arrays(),
+            np.float32(1 / USUAL_PRICE),
             np.float32(threshold),
-            np.float32(grid.largest),
+            grid.largest,
             grid.synthesis,
             channels,
             steps,
@@ -380,8 +383,9 @@ def masked_spatial_backward(
         kernels.masked_spatial_backward(
             _innermost(gradient),
             *grid.arrays(),
+            np.float32(1 / USUAL_PRICE),
             np.float32(threshold),
-            np.float32(grid.largest),
+            grid.largest,
             grid.adjoint,
             gradient.shape[0],
             steps,

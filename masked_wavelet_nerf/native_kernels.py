@@ -328,8 +328,8 @@ def split_levels(plane, levels, channels):
 
 
 @_jit
-def _largest_kept(values, logits, threshold):
-    """max |v| over what is kept, 0 if nothing is; and the sum of all logits."""
+def _largest_kept(values, logits, prices, unit, threshold):
+    """max |v| over what is kept, 0 if nothing is; and the sum of all logits, times prices."""
     # As integers |v| have the same order, and a largest integer is found by vector instructions.
     bits = values.view(np.int32)
     most, logit_sum = _i32(0), 0.0
@@ -337,8 +337,14 @@ def _largest_kept(values, logits, threshold):
         i = _u64(n)
         magnitude = bits[i] & _i32(0x7FFFFFFF)
         most = max(most, magnitude if logits[i] >= threshold else _i32(0))
-    for n in range(values.size):
-        logit_sum += logits[_u64(n)]
+    if prices.size:
+        for n in range(values.size):
+            i = _u64(n)
+            logit_sum += logits[i] * _f32(prices[i])
+        logit_sum *= unit
+    else:
+        for n in range(values.size):
+            logit_sum += logits[_u64(n)]
     return _i32(most).view(np.float32), logit_sum
 
 
@@ -356,20 +362,23 @@ def _masked_quantise(values, logits, threshold, step, largest, shown):
 
 
 @_jit_exact
-def masked_spatial(values, logits, threshold, largest, levels, channels, steps, counts):
+def masked_spatial(
+    values, logits, prices, unit, threshold, largest, levels, channels, steps, counts
+):
     """Quantise → mask → inverse transform of a whole grid.
 
-    ``values`` and ``logits`` are its bands, ``steps`` takes the Δ of each and ``counts`` how many
-    of each are kept; returns the spatial plane or line, and the sum of all logits.
+    ``values`` and ``logits`` are its bands, ``prices`` those of its logits in units, of length 0
+    for none, ``largest`` the Q of each; ``steps`` takes the Δ of each, ``counts`` how many of each
+    are kept. Returns the spatial plane or line, and the sum of all logits, times prices.
     """
     logit_sum = 0.0
     for level in range(len(values)):
-        most, of_level = _largest_kept(values[level], logits[level], threshold)
+        most, of_level = _largest_kept(values[level], logits[level], prices[level], unit, threshold)
         logit_sum += of_level
-        step = most / largest
+        step = most / largest[level]
         steps[level] = step if step > _f32(0) else _f32(1)
     plane = np.empty(values[0].size, _f32)
-    counts[0] = _masked_quantise(values[0], logits[0], threshold, steps[0], largest, plane)
+    counts[0] = _masked_quantise(values[0], logits[0], threshold, steps[0], largest[0], plane)
     for level in range(levels.table.shape[0]):
         H, h = levels.table[level, 0, 1:3]
         W, w = levels.table[level, 2, 1:3]
@@ -392,7 +401,7 @@ def masked_spatial(values, logits, threshold, largest, levels, channels, steps, 
                             logits[level + 1][a : a + width],
                             threshold,
                             steps[level + 1],
-                            largest,
+                            largest[level + 1],
                             details[a : a + width],
                         )
             _merge_row(i, plane, details, taps, factor, (h, w, W), channels, low, high, phases, out)
@@ -424,7 +433,17 @@ def _sigmoid_slope(logits, out):
 
 @_jit_exact
 def _masked_quantise_backward(
-    gradient, values, logits, threshold, step, largest, of_logit_sum, of_values, of_logits
+    gradient,
+    values,
+    logits,
+    prices,
+    unit,
+    threshold,
+    step,
+    largest,
+    of_logit_sum,
+    of_values,
+    of_logits,
 ):
     """Straight-through gradients."""
     _sigmoid_slope(logits, of_logits)
@@ -433,7 +452,15 @@ def _masked_quantise_backward(
         g = gradient[i]
         q = min(max(np.rint(values[i] / step), -largest), largest) * step
         of_values[i] = g if logits[i] >= threshold else _f32(0)
-        of_logits[i] = of_logits[i] * (q * g) + of_logit_sum
+        of_logits[i] = of_logits[i] * (q * g)
+    if prices.size:
+        of_unit = of_logit_sum * unit
+        for n in range(values.size):
+            i = _u64(n)
+            of_logits[i] += of_unit * _f32(prices[i])
+    else:
+        for n in range(values.size):
+            of_logits[_u64(n)] += of_logit_sum
 
 
 @_jit_exact
@@ -441,6 +468,8 @@ def masked_spatial_backward(
     gradient,
     values,
     logits,
+    prices,
+    unit,
     threshold,
     largest,
     levels,
@@ -472,9 +501,11 @@ def masked_spatial_backward(
                     details[band * width : (band + 1) * width],
                     values[level + 1][a : a + width],
                     logits[level + 1][a : a + width],
+                    prices[level + 1][a : a + width],
+                    unit,
                     threshold,
                     steps[level + 1],
-                    largest,
+                    largest[level + 1],
                     of_logit_sum,
                     of_values[stop + a : stop + a + width],
                     of_logits[stop + a : stop + a + width],
@@ -484,9 +515,11 @@ def masked_spatial_backward(
         plane,
         values[0],
         logits[0],
+        prices[0],
+        unit,
         threshold,
         steps[0],
-        largest,
+        largest[0],
         of_logit_sum,
         of_values[:stop],
         of_logits[:stop],

@@ -64,9 +64,9 @@ from rich.table import Table
 import masked_wavelet_codec as codec
 from masked_wavelet_nerf import __version__
 from masked_wavelet_nerf.clock import now, peak_bytes
+from masked_wavelet_nerf.config import MaskedWaveletModelConfig
 from masked_wavelet_nerf.errors import UserError
 from masked_wavelet_nerf.export import export_run
-from masked_wavelet_nerf.model import MaskedWaveletModelConfig
 from masked_wavelet_nerf.presets import Preset, load_preset
 from masked_wavelet_nerf.runs import open_run, write_run
 

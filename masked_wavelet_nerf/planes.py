@@ -20,15 +20,17 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from masked_wavelet_nerf import native
 from masked_wavelet_nerf.masking import (
     QuantisedBand,
+    keep,
     largest_integer,
     masked_quantise,
     quantise_to_integers,
@@ -73,6 +75,7 @@ class CoefficientGrid(nn.Module):
     """
 
     size: Int[Tensor, " d"]
+    largest: Int[Tensor, " _"]
 
     def __init__(
         self,
@@ -83,7 +86,6 @@ class CoefficientGrid(nn.Module):
     ) -> None:
         super().__init__()
         self.transform = make_transform("identity") if spatial.ndim == 2 else transform
-        self.bits = bits
         self.register_buffer("size", torch.tensor(spatial.shape[1:]))
         self._size = tuple(spatial.shape[1:])
         levels = self._forward_transform(spatial)
@@ -94,11 +96,43 @@ class CoefficientGrid(nn.Module):
             if masked
             else []
         )
+        self.register_buffer("largest", torch.zeros(len(levels), dtype=torch.int64))
+        self.set_largest(None if bits is None else [largest_integer(bits)] * len(levels))
+        self._is_priced = False
 
     @property
     def spatial_size(self) -> tuple[int, ...]:
         """(H, W) of a plane, (n,) of a line."""
         return self._size
+
+    def set_largest(self, largest: Sequence[int] | None) -> None:
+        """Gives every level its Q, see ``masking``; None switches the quantiser off."""
+        # Beside the buffer, as reading that from a device would wait for it.
+        self._largest = None if largest is None else tuple(largest)
+        self.largest.copy_(torch.tensor(self._largest or (0,) * len(self.coefficients)))
+
+    @property
+    def prices(self) -> list[UInt8[Tensor, "C _ *_"]]:
+        """Price of each logit, level by level, see ``masking``; empty while all weigh one."""
+        levels = range(len(self.coefficients)) if self._is_priced else ()
+        return [self.get_buffer(f"price_{level}") for level in levels]
+
+    def set_prices(self, prices: Sequence[Tensor] | None) -> None:
+        """Gives every logit a price, of the shape of its coefficient; None lets all weigh one."""
+        for level in range(len(self.coefficients)):
+            if prices is not None:
+                price = native.channels_last(prices[level].to(self.size.device))
+                self.register_buffer(f"price_{level}", price)
+            elif self._is_priced:
+                delattr(self, f"price_{level}")
+        self._is_priced = prices is not None
+
+    @torch.no_grad()
+    def extremes(self) -> Float[Tensor, " _"]:
+        """max |v| of what is kept at each level."""
+        logits = self.logits if len(self.logits) else [None] * len(self.coefficients)
+        pairs = zip(self.coefficients, logits, strict=True)
+        return torch.stack([quantiser_step(v, keep(m, v), 1) for v, m in pairs])
 
     def forward(
         self, num_levels: int | None = None, threshold: float = 0.0
@@ -119,7 +153,8 @@ class CoefficientGrid(nn.Module):
                 shown = torch.zeros_like(values)
                 kept_count = torch.zeros((), dtype=torch.int64, device=values.device)
             else:
-                shown, kept = masked_quantise(values, logits, self.bits, threshold)
+                largest = None if self._largest is None else self._largest[level]
+                shown, kept = masked_quantise(values, logits, largest, threshold)
                 kept_count = kept.sum()
             levels.append(shown)
             counts.append(kept_count)
@@ -128,7 +163,7 @@ class CoefficientGrid(nn.Module):
     def compiled(self, num_levels: int | None) -> native.Bands | None:
         """What :meth:`forward` works on, for the compiled loops, where they can take its place."""
         if (
-            self.bits is None
+            self._largest is None
             or not len(self.logits)
             or (num_levels is not None and num_levels < len(self.coefficients) - 1)
             or not native.serves(*self.coefficients)
@@ -138,14 +173,19 @@ class CoefficientGrid(nn.Module):
         if taps is None:
             return None
         values, logits = list(self.coefficients), list(self.logits)
-        return native.Bands(values, logits, largest_integer(self.bits), *taps, self._size)
+        return native.Bands(
+            values, logits, self.prices, np.array(self._largest, np.float32), *taps, self._size
+        )
 
     def integers(self, bits: int) -> list[QuantisedBand]:
-        """What the codec stores, level by level, coarse to fine."""
-        return [
-            quantise_to_integers(values, self.logits[level] if len(self.logits) else None, bits)
-            for level, values in enumerate(self.coefficients)
-        ]
+        """What the codec stores, level by level, coarse to fine.
+
+        Args:
+            bits: width of the quantiser, where training went without one.
+        """
+        largest = self._largest or (largest_integer(bits),) * len(self.coefficients)
+        logits = self.logits if len(self.logits) else (None,) * len(self.coefficients)
+        return list(map(quantise_to_integers, self.coefficients, logits, largest))
 
     @torch.no_grad()
     def load_integers(self, bands: Sequence[QuantisedBand], size: tuple[int, ...]) -> None:
@@ -153,6 +193,10 @@ class CoefficientGrid(nn.Module):
         coefficients = [band.values.to(torch.float32) * band.step for band in bands]
         logits = [band.mask.to(torch.float32) * 2 * INITIAL_LOGIT - INITIAL_LOGIT for band in bands]
         self._set_data(coefficients, logits, size)
+        if self._largest is not None:
+            # Extremes are exact, so the largest integer there is was Q. An empty level has none.
+            largest = [int(band.values.abs().amax()) if band.mask.any() else 0 for band in bands]
+            self.set_largest([found or q for found, q in zip(largest, self._largest, strict=True)])
 
     def upsample(self, size: tuple[int, ...]) -> None:
         """Resizes to ``size`` through the spatial domain, (bi)linearly."""
@@ -195,10 +239,11 @@ class CoefficientGrid(nn.Module):
             resample(self._inverse_transform(list(self.coefficients)))
         )
         coefficients, logits = [], []
+        largest = self._largest or (largest_integer(_REFERENCE_BITS),) * len(rendered)
         for level, values in enumerate(rendered):
             resized = self._carry_logits(level, values.shape[2:], origins, size)
             everything = torch.ones_like(values, dtype=torch.bool)
-            step = quantiser_step(values, everything, self.bits or _REFERENCE_BITS)
+            step = quantiser_step(values, everything, largest[level])
             needed = values.abs() > step / 2
             resized = torch.where(needed & (resized < 0), REOPENED_LOGIT, resized)
             coefficients.append(torch.where(resized >= 0, values, unmasked[level]))
@@ -246,6 +291,7 @@ class CoefficientGrid(nn.Module):
         for parameters, values in ((self.coefficients, coefficients), (self.logits, logits)):
             for parameter, value in zip(parameters, values, strict=bool(len(parameters))):
                 _replace_data(parameter, native.channels_last(value.to(parameter.device)))
+        self.set_prices(None)
         self._size = tuple(size)
         self.size.copy_(torch.tensor(size))
 
@@ -254,6 +300,10 @@ class CoefficientGrid(nn.Module):
         # the parameter lists (children) load, so they find tensors of the right shape.
         if prefix + "size" in state_dict:
             self._size = tuple(state_dict[prefix + "size"].tolist())
+        # Earlier checkpoints have none: all levels have that of the quantiser's bits.
+        largest = state_dict.setdefault(prefix + "largest", self.largest)
+        if self._largest is not None:
+            self._largest = tuple(largest.tolist())
         for name, parameters in (("coefficients", self.coefficients), ("logits", self.logits)):
             for index, parameter in enumerate(parameters):
                 saved = state_dict.get(f"{prefix}{name}.{index}")
@@ -261,6 +311,9 @@ class CoefficientGrid(nn.Module):
                     # The layout is taken over too: that of the optimiser's state has to match.
                     layout = torch.empty_like(saved, device=parameter.device)
                     _replace_data(parameter, layout)
+        levels = range(len(self.coefficients))
+        prices = [state_dict.get(f"{prefix}price_{level}") for level in levels]
+        self.set_prices(None if None in prices else prices)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -398,7 +451,8 @@ def to_spatial(
 
     Returns:
         For each grid its planes and lines in the spatial domain, and kept counts of their levels;
-        and the sum of all logits, where compiled loops passed over them: it costs nothing there.
+        and the sum of all logits, times their prices, where compiled loops passed over them: it
+        costs nothing there.
     """
     members = [member for grid in grids for member in grid.grids]
     served = [bands for member in members if (bands := member.compiled(num_levels)) is not None]

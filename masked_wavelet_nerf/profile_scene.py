@@ -20,10 +20,11 @@ from nerfstudio.engine.callbacks import TrainingCallbackAttributes
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from PIL import Image
 
+from masked_wavelet_nerf.config import MaskedWaveletModelConfig
 from masked_wavelet_nerf.datasets.sample import CAMERA_ANGLE_X, CAMERA_RADIUS, look_at_origin
-from masked_wavelet_nerf.masking import quantiser_step
+from masked_wavelet_nerf.masking import largest_integer, quantiser_step
 from masked_wavelet_nerf.method import masked_wavelet_bounded
-from masked_wavelet_nerf.model import MaskedWaveletModel, MaskedWaveletModelConfig
+from masked_wavelet_nerf.model import MaskedWaveletModel
 from masked_wavelet_nerf.planes import INITIAL_LOGIT, CoefficientGrid
 from masked_wavelet_nerf.runs import RunError, latest_checkpoint
 
@@ -39,6 +40,7 @@ HALF_HEIGHT = 0.55
 KEPT = 0.03
 """Fraction of coefficients that stays, about."""
 _NEVER = 10**9
+_BITS = 8
 
 
 def write_ball_capture(folder: Path, num_views: int = 8) -> Path:
@@ -184,13 +186,15 @@ def fill_with_tube(model: MaskedWaveletModel) -> None:
                 if len(grid.spatial_size) == 2
                 else _walls(*grid.spatial_size)
             )
-        rebuilt = CoefficientGrid(spatial, grid.transform, grid.bits, bool(len(grid.logits)))
+        rebuilt = CoefficientGrid(spatial, grid.transform, _BITS, bool(len(grid.logits)))
         grid.load_state_dict(rebuilt.state_dict())
         for values, logits in zip(grid.coefficients, grid.logits, strict=False):
             values, everything = values.detach(), torch.ones_like(values, dtype=torch.bool)
             keep = torch.rand(values.shape, generator=generator).to(values.device) < KEPT
             if is_tube:
-                keep |= values.abs() > quantiser_step(values, everything, grid.bits or 8) / 2
+                keep |= (
+                    values.abs() > quantiser_step(values, everything, largest_integer(_BITS)) / 2
+                )
             logits.copy_(torch.where(keep, INITIAL_LOGIT, -INITIAL_LOGIT))
     model.refresh()
     model.update_occupancy()

@@ -26,8 +26,9 @@ from masked_wavelet_codec import Cameras as SceneCameras
 from masked_wavelet_codec import CodecError, Scene
 from masked_wavelet_nerf import __version__
 from masked_wavelet_nerf.clock import now
+from masked_wavelet_nerf.config import MaskedWaveletModelConfig
 from masked_wavelet_nerf.errors import UserError
-from masked_wavelet_nerf.model import MaskedWaveletModel, MaskedWaveletModelConfig
+from masked_wavelet_nerf.model import MaskedWaveletModel
 from masked_wavelet_nerf.scene import (
     config_from_json,
     config_to_json,

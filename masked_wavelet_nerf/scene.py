@@ -53,25 +53,42 @@ def scene_from_model(
         meta: what else the file says, JSON only. ``box`` (aabb) is added.
         cameras: cameras of the capture, if known.
     """
+    return Scene(
+        meta={**meta, "box": [[float(x) for x in corner] for corner in model.aabb.tolist()]},
+        bits=bits,
+        grids=stored_grids(model.field, bits),
+        networks=stored_networks(model.field),
+        occupancy=stored_occupancy(model.occupancy),
+        cameras=cameras,
+    )
+
+
+def stored_grids(field: WaveletPlaneField, bits: int) -> tuple[Grid, ...]:
+    """The integers of all planes and lines, as the codec takes them.
+
+    Args:
+        field: trained field.
+        bits: quantiser width, where it trained without one.
+    """
     grids = []
-    for name, grid in model.field.grids().items():
+    for name, grid in field.grids().items():
         bands = [
             Band(level, _array(band.values), _array(band.mask), float(band.step))
             for level, band in enumerate(grid.integers(bits))
         ]
         grids.append(Grid(name, grid.spatial_size, tuple(bands)))
-    cells = model.occupancy.cells
-    return Scene(
-        meta={**meta, "box": [[float(x) for x in corner] for corner in model.aabb.tolist()]},
-        bits=bits,
-        grids=tuple(grids),
-        networks={
-            name: _stored(value, model.field.config.network_bits)
-            for name, value in model.field.networks().items()
-        },
-        occupancy=_array(cells) if cells.numel() > 1 else None,
-        cameras=cameras,
-    )
+    return tuple(grids)
+
+
+def stored_networks(field: WaveletPlaneField) -> dict[str, np.ndarray | QuantisedArray]:
+    """Appearance map and colour network, as the codec takes them."""
+    bits = field.config.network_bits
+    return {name: _stored(value, bits) for name, value in field.networks().items()}
+
+
+def stored_occupancy(occupancy: OccupancyGrid) -> np.ndarray | None:
+    """Its cells, as the codec takes them; None while nothing is known."""
+    return _array(occupancy.cells) if occupancy.is_known else None
 
 
 def _stored(weights: Tensor, bits: int | None) -> np.ndarray | QuantisedArray:

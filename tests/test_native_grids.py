@@ -255,6 +255,87 @@ def test_the_sum_of_logits_comes_with_its_gradient(transform):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
 
 
+def random_prices(part) -> list[torch.Tensor]:
+    return [torch.randint(1, 256, logits.shape, dtype=torch.uint8) for logits in part.logits]
+
+
+def grids_with_quantisers_of_their_own(transform: str) -> list[FactorisedGrid]:
+    made = make_transform(transform, num_levels=2)
+    grids = [FactorisedGrid(num, (7, 10, 13), made) for num in (2, 3)]
+    for part in (part for grid in grids for part in grid.grids):
+        part.set_largest(torch.randint(1, 128, (len(part.logits),)).tolist())
+        for some in part.logits:
+            torch.nn.init.normal_(some)
+    return grids
+
+
+@pytest.mark.parametrize("transform", ["identity", "wavelet"])
+def test_quantisers_and_prices_of_levels_equal_plain_torch(transform):
+    """Planes, counts, the priced sum of logits, and all gradients."""
+    grids = grids_with_quantisers_of_their_own(transform)
+    parts = [part for grid in grids for part in grid.grids]
+    for part in parts:
+        part.set_prices(random_prices(part))
+    parameters = [p for grid in grids for p in grid.parameters()]
+    upstream = [torch.randn(2 + n // 6, *part.spatial_size) for n, part in enumerate(parts)]
+
+    def results(threshold: float):
+        by_grid, logit_sum = to_spatial(grids, threshold=threshold)
+        if logit_sum is None:
+            logits = [some for part in parts for some in part.logits]
+            prices = [price for part in parts for price in part.prices]
+            logit_sum = mask_penalty(logits, "rate", prices)
+        shown = [t for (spatial, _) in by_grid for kind in spatial for t in kind]
+        kept = [count for (_, counts) in by_grid for count in counts]
+        loss = sum((a * b).sum() for a, b in zip(shown, upstream, strict=True)) - 0.3 * logit_sum
+        return shown, kept, logit_sum, torch.autograd.grad(loss, parameters)
+
+    total = sum(
+        float((some.double() * price).sum()) / 80
+        for part in parts
+        for some, price in zip(part.logits, part.prices, strict=True)
+    )
+    assert abs(total) > 10
+    for threshold in (0.0, 0.5, 100.0):
+        shown, kept, logit_sum, gradients = results(threshold)
+        with native.disabled():
+            expected, expected_kept, _, expected_gradients = results(threshold)
+        for a, b in zip(shown, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * float(b.abs().max()))
+        assert all(torch.equal(a, b) for a, b in zip(kept, expected_kept, strict=True))
+        assert float(logit_sum) == pytest.approx(total, rel=1e-5)
+        for a, b in zip(gradients, expected_gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("transform", ["identity", "wavelet"])
+def test_the_gradient_of_the_sum_is_the_price(transform):
+    """In units of ten bits, beside grids without prices, where all weigh one."""
+    grids = grids_with_quantisers_of_their_own(transform)
+    for number, part in enumerate(part for grid in grids for part in grid.grids):
+        part.set_prices(random_prices(part) if number % 2 else None)
+    parts = [part for grid in grids for part in grid.grids]
+    logits = [some for part in parts for some in part.logits]
+    _, logit_sum = to_spatial(grids)
+    found = iter(torch.autograd.grad(2 * logit_sum, logits))
+    for part in parts:
+        for level, some in enumerate(part.logits):
+            expected = part.prices[level] / 40 if part.prices else torch.full_like(some, 2)
+            torch.testing.assert_close(next(found), expected)
+    weights = [price / 80 for part in parts for price in part.prices or [80] * len(part.logits)]
+    total = sum(float((m.double() * w).sum()) for m, w in zip(logits, weights, strict=True))
+    assert float(logit_sum) == pytest.approx(total, rel=1e-5)
+
+
+def test_prices_lie_in_memory_as_logits_do():
+    """They would be copied in every step otherwise."""
+    (grid, _) = grids_with_quantisers_of_their_own("wavelet")
+    for part in grid.grids:
+        part.set_prices(random_prices(part))
+        for price, some in zip(part.prices, part.logits, strict=True):
+            assert price.stride() == some.stride()
+
+
 def test_only_what_the_loops_can_do_goes_through_them(monkeypatch):
     calls = []
     original = native.masked_spatial

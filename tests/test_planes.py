@@ -12,7 +12,7 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from masked_wavelet_nerf.masking import quantise_to_integers
+from masked_wavelet_nerf.masking import largest_integer, quantise_to_integers
 from masked_wavelet_nerf.optimisers import is_dense
 from masked_wavelet_nerf.planes import REOPENED_LOGIT, CoefficientGrid, FactorisedGrid, SpatialGrid
 from masked_wavelet_nerf.wavelet import Bands, make_transform
@@ -257,7 +257,7 @@ def test_integers_round_trip_exactly(name, size, bits):
     shown, _ = grid()
     stored = grid.integers(bits)
     for band, values, logits in zip(stored, grid.coefficients, grid.logits, strict=True):
-        direct = quantise_to_integers(values, logits, bits)
+        direct = quantise_to_integers(values, logits, largest_integer(bits))
         assert all(torch.equal(a, b) for a, b in zip(band, direct, strict=True))
 
     other_size = (12, 6) if len(size) == 2 else (4,)
@@ -284,6 +284,167 @@ def test_integers_of_a_grid_without_masks_round_trip():
     other = CoefficientGrid(torch.zeros(3, 5, 5), transform(), 8, False)
     other.load_integers(grid.integers(8), (7, 10))
     assert torch.equal(other()[0], grid()[0])
+
+
+# --- quantisers and prices of each level
+
+LARGEST = [100, 13, 1]
+
+
+def random_prices(grid: CoefficientGrid) -> list[torch.Tensor]:
+    shapes = [values.shape for values in grid.coefficients]
+    return [torch.randint(1, 256, shape, dtype=torch.uint8) for shape in shapes]
+
+
+def priced(resolution=(7, 10, 13)) -> FactorisedGrid:
+    """Some masks closed; every plane and line with quantisers and prices of its own."""
+    grid = factorised(resolution)
+    scatter_masks(grid)
+    for number, part in enumerate(grid.grids):
+        part.set_largest([q + number for q in LARGEST[: len(part.coefficients)]])
+        part.set_prices(random_prices(part))
+    return grid
+
+
+def test_every_level_has_a_quantiser_of_its_own():
+    taken_to = transform()
+    grid = CoefficientGrid(torch.randn(3, 8, 12), taken_to, 8, True)
+    scatter_masks(grid)
+    exact = [v.detach() * (m >= 0) for v, m in zip(grid.coefficients, grid.logits, strict=True)]
+    grid.set_largest(LARGEST)
+    assert grid.largest.tolist() == LARGEST
+    shown = []
+    for values, q, band in zip(exact, LARGEST, grid.integers(8), strict=True):
+        step = values.abs().max() / q
+        assert torch.equal(band.values.float(), (values / step).round())
+        assert band.step == step and band.values.abs().max() == q
+        shown.append((values / step).round() * step)
+    expected = taken_to.inverse(Bands(shown[0].squeeze(1), tuple(shown[1:])), (8, 12))
+    torch.testing.assert_close(grid()[0], expected)
+
+    grid.set_largest(None)
+    assert grid.largest.tolist() == [0, 0, 0]
+    unrounded = taken_to.inverse(Bands(exact[0].squeeze(1), tuple(exact[1:])), (8, 12))
+    torch.testing.assert_close(grid()[0], unrounded)
+    assert (unrounded - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_extremes_are_the_largest_kept_values(masked):
+    grid = CoefficientGrid(torch.randn(3, 8, 12), transform(), 8, masked)
+    scatter_masks(grid)
+    for values, logits in zip(grid.coefficients, grid.logits, strict=False):
+        logits.data[values.abs() == values.abs().max()] = -1.0
+    kept = [m.detach().numpy() >= 0 for m in grid.logits] or [True] * 3
+    values = [v.detach().numpy() for v in grid.coefficients]
+    expected = [np.abs(v * k).max() for v, k in zip(values, kept, strict=True)]
+    assert grid.extremes().tolist() == expected
+    if masked:
+        grid.logits[1].data.fill_(-1)
+        assert torch.isfinite(grid.extremes()).all() and grid.extremes()[1] > 0
+
+
+def test_prices_stay_until_they_are_taken_away():
+    grid = CoefficientGrid(torch.randn(3, 7, 10), transform(), 8, True)
+    plain = set(grid.state_dict())
+    shown = grid()[0]
+    assert grid.prices == []
+    for _ in range(2):
+        prices = random_prices(grid)
+        grid.set_prices(prices)
+        assert all(torch.equal(a, b) for a, b in zip(grid.prices, prices, strict=True))
+    assert set(grid.state_dict()) - plain == {"price_0", "price_1", "price_2"}
+    assert torch.equal(grid()[0], shown)
+    for _ in range(2):
+        grid.set_prices(None)
+        assert grid.prices == [] and set(grid.state_dict()) == plain
+
+
+@pytest.mark.parametrize("was_priced", [True, False])
+@pytest.mark.parametrize("with_prices", [True, False])
+def test_state_holds_quantisers_and_prices(with_prices, was_priced):
+    source = priced()
+    if not with_prices:
+        for part in source.grids:
+            part.set_prices(None)
+    target = priced((5, 3, 4)) if was_priced else factorised((5, 3, 4))
+    # Through a file, as a checkpoint goes.
+    state = {name: tensor.clone() for name, tensor in source.state_dict().items()}
+    target.load_state_dict(state)
+    for number, (found, part) in enumerate(zip(target.grids, source.grids, strict=True)):
+        expected = [q + number for q in LARGEST[: len(part.coefficients)]]
+        assert found.largest.tolist() == expected
+        assert len(found.prices) == (len(expected) if with_prices else 0)
+        assert all(torch.equal(a, b) for a, b in zip(found.prices, part.prices, strict=True))
+        for band, again in zip(part.integers(8), found.integers(8), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(band, again, strict=True))
+    points = random_points(20)
+    expected = source.features(source()[0], points)
+    assert torch.equal(target.features(target()[0], points), expected)
+    assert set(target.state_dict()) == set(source.state_dict())
+
+
+@pytest.mark.parametrize("bits", [None, 5])
+def test_state_of_before_quantisers_of_levels_takes_the_configured_one(bits):
+    source = factorised((7, 10, 13), bits=bits)
+    scatter_masks(source)
+    state = {name: t for name, t in source.state_dict().items() if "largest" not in name}
+    assert len(state) == len(source.state_dict()) - 6
+    target = factorised((5, 3, 4), bits=bits)
+    result = target.load_state_dict(state)
+    assert not result.missing_keys and not result.unexpected_keys
+    for part in target.grids:
+        assert set(part.largest.tolist()) == {0 if bits is None else 15} and not part.prices
+    points = random_points(20)
+    expected = source.features(source()[0], points)
+    assert torch.equal(target.features(target()[0], points), expected)
+
+
+@pytest.mark.parametrize("size", [(7, 13), (9,)])
+def test_quantisers_come_back_from_the_integers(size):
+    for case in range(20):
+        grid = CoefficientGrid(torch.randn(3, *size), transform(), 8, True)
+        scatter_masks(grid)
+        largest = torch.randint(1, 128, (len(grid.coefficients),)).tolist()
+        grid.set_largest(largest)
+        stored = grid.integers(8)
+        other = CoefficientGrid(torch.zeros(3, *(4 for _ in size)), transform(), 8, True)
+        other.set_prices(random_prices(other))
+        other.load_integers(stored, size)
+        assert other.largest.tolist() == largest and other.prices == []
+        assert torch.equal(other()[0], grid()[0]), case
+        for band, again in zip(stored, other.integers(8), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(band, again, strict=True))
+
+
+def test_an_empty_level_keeps_its_quantiser():
+    grid = CoefficientGrid(torch.randn(3, 7, 13), transform(), 8, True)
+    grid.set_largest(LARGEST)
+    grid.logits[1].data.fill_(-1.0)
+    other = CoefficientGrid(torch.zeros(3, 7, 13), transform(), 8, True)
+    other.load_integers(grid.integers(8), (7, 13))
+    assert other.largest.tolist() == [100, 127, 1]
+    assert torch.equal(other()[0], grid()[0])
+    plain = CoefficientGrid(torch.zeros(3, 7, 13), transform(), None, True)
+    plain.load_integers(grid.integers(8), (7, 13))
+    assert plain.largest.tolist() == [0, 0, 0]
+    assert torch.equal(plain()[0], grid()[0])
+
+
+@pytest.mark.parametrize("how", ["upsample", "crop"])
+def test_resampling_takes_prices_away_and_leaves_quantisers(how):
+    grid = priced()
+    before = [part.largest.tolist() for part in grid.grids]
+    if how == "upsample":
+        grid.upsample((11, 12, 17))
+    else:
+        grid.crop((1, 2, 3), (6, 9, 12))
+    assert [part.largest.tolist() for part in grid.grids] == before
+    assert not any(part.prices for part in grid.grids)
+    assert not [name for name in grid.state_dict() if "price" in name]
+    for part in grid.grids:
+        for band, q in zip(part.integers(8), part.largest.tolist(), strict=True):
+            assert band.values.abs().max() == q
 
 
 # --- resampling
@@ -318,8 +479,8 @@ def smooth(part: CoefficientGrid) -> None:
     axes = torch.meshgrid(*(torch.linspace(0, 1, n) for n in size), indexing="ij")
     waves = [sum((k + 1) * (i + 1) * a for i, a in enumerate(axes)).cos() for k in range(2)]
     spatial = 0.8 + 0.5 * torch.stack(waves) + 0.02 * torch.randn(2, *size)
-    fresh = CoefficientGrid(spatial, part.transform, part.bits, bool(len(part.logits)))
-    part.load_state_dict(fresh.state_dict())
+    fresh = CoefficientGrid(spatial, part.transform, 8, bool(len(part.logits)))
+    part.load_state_dict({**fresh.state_dict(), "largest": part.largest})
 
 
 def drop_weak(grid: FactorisedGrid, fraction: float = 0.6) -> None:
@@ -516,6 +677,15 @@ def test_needed_coefficients_reopen_on_trial():
     logits = torch.ones(25)
     logits[12], logits[11], logits[13] = -1.0, REOPENED_LOGIT, REOPENED_LOGIT
     assert torch.equal(grid.logits[0].data[0, 0], logits)
+
+
+def test_what_is_needed_is_what_the_levels_quantiser_tells_from_zero():
+    grid = CoefficientGrid(torch.full((1, 9), 1.0), transform(), 8, True)
+    grid.set_largest([1])
+    grid.logits[0].data[..., 4] = -1.0
+    grid.upsample((25,))
+    # A third of the way to 1 would be rounded to zero.
+    assert grid.logits[0].data[0, 0, 10:15].tolist() == [1, -1, -1, -1, 1]
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)

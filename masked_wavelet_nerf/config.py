@@ -1,0 +1,177 @@
+"""Every number that a user can set, with what it does: the configuration of the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import tyro
+from nerfstudio.models.base_model import ModelConfig
+
+from masked_wavelet_nerf.field import FieldConfig
+from masked_wavelet_nerf.planes import PlanesName, ReduceName
+from masked_wavelet_nerf.rate import PenaltyName
+from masked_wavelet_nerf.wavelet import TransformName
+
+
+def _model_class() -> type:
+    from masked_wavelet_nerf.model import MaskedWaveletModel
+
+    return MaskedWaveletModel
+
+
+@dataclass
+class MaskedWaveletModelConfig(ModelConfig):
+    """A radiance field of masked wavelet coefficients."""
+
+    _target: type = field(default_factory=_model_class)
+    """Target class to instantiate."""
+
+    planes: PlanesName = "vm"
+    """vm: three planes, each times a line (TensoRF). triplane: three planes only."""
+    triplane_reduce: ReduceName = "product"
+    """How a tri-plane combines its three planes."""
+    transform: TransformName = "wavelet"
+    """What planes are stored as: wavelet or DCT coefficients, or the spatial values themselves."""
+    wavelet: str = "bior4.4"
+    """Discrete wavelet by its PyWavelets name: haar, db2, bior2.2, bior4.4, coif1, sym4, …"""
+    levels: int = 4
+    """Levels of the wavelet transform, 0 to 6."""
+    level_scaling: bool = True
+    """Store finer levels magnified, so that they are learnt more slowly."""
+    bits: int | None = 8
+    """Width of the quantiser in training and in the file, 2 to 16; None trains without one."""
+    masks: bool = True
+    """Give every coefficient a trainable mask."""
+    mask_weight: float = 1e-10
+    """λ, the weight of the mask penalty: larger gives smaller files. The paper's values are 1e-10,
+    5e-11 and 2.5e-11 for 300³ voxels; smaller grids and shorter trainings want more."""
+    mask_penalty: PenaltyName = "rate"
+    """rate: of raw logits, each times what keeping its coefficient costs in the file, from the
+    first of rate_steps on. sum: of raw logits, as in the paper's code. mean: the expected kept
+    fraction, so that λ (some 1e-3) weighs the same at every grid size; masks then close early while
+    the grid is small."""
+
+    rate_steps: tuple[int, ...] = (
+        8000,
+        10000,
+        12000,
+        14000,
+        16000,
+        18000,
+        20000,
+        22000,
+        24000,
+        26000,
+    )
+    """Steps at which costs are measured, some seconds each: how many bits the coder takes, and what
+    errors of each band's quantiser cost in pixels."""
+    suit_quantiser: bool = True
+    """At rate_steps, give every band the quantiser step that suits what errors cost there and what
+    λ says that bits are worth; ``bits`` is the finest. Else all bands keep the same width."""
+
+    target_bytes: int | None = None
+    """Size of the file to be reached: λ is steered from the first of rate_steps on, until the size
+    is there within some per cent. Networks, cameras and occupancy count, too."""
+
+    num_density_components: int = 16
+    """Density components of each plane."""
+    num_appearance_components: int = 48
+    """Appearance components of each plane."""
+    appearance_dim: int = 27
+    """Features of the colour network, after the linear appearance map."""
+    hidden_dim: int = 128
+    """Width of the colour network's two hidden layers."""
+    num_frequencies: int = 2
+    """Frequencies of the encoding of appearance features and view direction."""
+    network_biases: bool = True
+    """Give the colour network biases, as in the paper. Without, tiny-cuda-nn can run it on CUDA."""
+    network_bits: int | None = 8
+    """Width of the integers, 2 to 16, that appearance map and colour network become in evaluation
+    and in the file; None keeps floats, four times as large."""
+    network_rounding_step: int = 15000
+    """Step from which training computes with those integers, too: matters below 8 bits."""
+    density_shift: float = -10.0
+    """Density = softplus(features + shift): how empty the scene starts."""
+    distance_scale: float = 25.0
+    """Factor on the distance between samples, as in TensoRF."""
+
+    contract: bool = True
+    """Unbounded: contract all of space into the planes' cube. Else the scene box is the cube."""
+    initial_resolution: int = 128
+    """Voxels per side at the start; a box that is no cube gets as many voxels in all."""
+    final_resolution: int = 300
+    """Voxels per side after the last upsampling."""
+    upsample_steps: tuple[int, ...] = (2000, 3000, 4000, 5500, 7000)
+    """Steps at which the planes are upsampled, by equal factors. Optimisers restart there."""
+    occupancy_steps: tuple[int, ...] = (2000, 4000, 6000, 11000, 16000, 21000, 26000)
+    """Steps at which empty space is looked for, to be skipped from then on."""
+    occupancy_resolution: int = 256
+    """Most occupancy nodes along an axis."""
+    occupancy_threshold: float = 1e-3
+    """Opacity of one sample under which space counts as empty."""
+    shrink_box: bool = True
+    """Bounded scenes: shrink the box to what is occupied at the first occupancy step."""
+    restrict_rays: bool = True
+    """Bounded scenes: after an occupancy step train only on pixels that can see something."""
+
+    near_plane: float = 0.05
+    """Distance from the camera at which sampling starts in training."""
+    far_plane: float = 1000.0
+    """Distance from the camera at which sampling ends in training."""
+    step_ratio: float = 0.5
+    """Bounded scenes: distance between samples, in voxels."""
+    num_samples: int = 192
+    """Unbounded scenes: samples along a ray, half of them within a distance of 1."""
+    colour_weight_threshold: float = 1e-4
+    """Training: samples of no more weight in their pixel get no colour; they darken it a little,
+    which clears empty space."""
+    colour_mass: float = 0.05
+    """Neighbouring samples share a colour, at their centre of mass, for about so much weight in
+    their pixel. 0 gives each its own, which takes two to four times as many."""
+    render_weight_threshold: float = 1e-3
+    """Rendering: what has no more than this share of its ray's opacity takes the colour of the rest
+    of it."""
+    background_color: Literal["white", "black", "random"] = "random"
+    """Colour behind the scene; random trains against a random one and renders over black."""
+
+    l1_weight_initial: float = 8e-5
+    """Weight of the mean absolute value of the density planes until the first occupancy step."""
+    l1_weight: float = 4e-5
+    """The same weight afterwards."""
+    tv_weight_density: float = 0.0
+    """Weight of the total variation of the density planes, taken in the spatial domain."""
+    tv_weight_appearance: float = 0.0
+    """Weight of the total variation of the appearance planes, taken in the spatial domain."""
+
+    eval_num_rays_per_chunk: int = 4096
+    """Rays rendered at once in evaluation."""
+    enable_collider: tyro.conf.Suppress[bool] = True
+    """Rays always get a near and a far distance."""
+    collider_params: tyro.conf.Suppress[dict[str, float] | None] = None
+    """Unused: see near_plane and far_plane."""
+    loss_coefficients: tyro.conf.Suppress[dict[str, float]] = field(default_factory=dict)
+    """Unused: every loss has a weight of its own."""
+    prompt: tyro.conf.Suppress[str | None] = None
+    """Unused."""
+
+    def field_config(self) -> FieldConfig:
+        """The part that fixes the field's parameters."""
+        return FieldConfig(
+            planes=self.planes,
+            reduce=self.triplane_reduce,
+            num_density_components=self.num_density_components,
+            num_appearance_components=self.num_appearance_components,
+            appearance_dim=self.appearance_dim,
+            hidden_dim=self.hidden_dim,
+            num_frequencies=self.num_frequencies,
+            network_biases=self.network_biases,
+            network_bits=self.network_bits,
+            density_shift=self.density_shift,
+            transform=self.transform,
+            wavelet=self.wavelet,
+            num_levels=self.levels,
+            level_scaling=self.level_scaling,
+            bits=self.bits,
+            masks=self.masks,
+        )

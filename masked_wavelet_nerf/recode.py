@@ -1,0 +1,83 @@
+"""Coarser quantiser steps for a trained run, as far as its pictures allow: fewer bytes at once.
+
+Every band gets the step that suits what its errors cost in pixels (``sensitivity``) and one price
+of bits for all bands (``rate.suited_integers``). The price is raised until PSNR has fallen by what
+is allowed.
+"""
+
+from __future__ import annotations
+
+import math
+
+from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager
+from nerfstudio.utils.rich_utils import CONSOLE
+
+from masked_wavelet_nerf.errors import UserError
+from masked_wavelet_nerf.runs import Run, evaluate
+
+_VIEWS = 32
+_PIXELS = 1 << 18
+"""Of all views, at most, about: larger ones are made smaller."""
+_LOWEST, _HIGHEST = 1e-13, 1e-8
+"""Mean squared error that a bit may be worth: from hardly any effect to ruin."""
+_ROUNDS = 10
+
+
+def coarsen(run: Run, allowed_loss: float) -> float:
+    """Gives the run's model the coarsest steps at which PSNR falls by no more than allowed.
+
+    PSNR is the mean of 32 evaluation views at most, made smaller where they are large.
+
+    Args:
+        run: an opened run, with its capture; its model is changed.
+        allowed_loss: dB.
+
+    Returns:
+        The loss found, dB.
+
+    Raises:
+        UserError: if the capture is not at hand, or the run was trained without a quantiser.
+    """
+    if run.pipeline is None:
+        raise UserError(
+            "--allowed-loss needs the capture, to see what a loss is; --data says where it is. "
+            f"({run.missing})"
+        )
+    if run.model.config.bits is None:
+        raise UserError("--allowed-loss: this run was trained without a quantiser (bits None)")
+    pipeline, model = run.pipeline, run.model
+    datamanager = pipeline.datamanager
+    assert isinstance(datamanager, VanillaDataManager) and datamanager.eval_dataset is not None
+    cameras = datamanager.eval_dataset.cameras
+    pixels = float((cameras.width * cameras.height).max()) * min(_VIEWS, len(cameras))
+    downscale = max(1, math.ceil(math.sqrt(pixels / _PIXELS)))
+
+    def psnr() -> float:
+        return evaluate(pipeline, _VIEWS, downscale).psnr
+
+    before = psnr()
+    trained = {name: grid.largest.tolist() for name, grid in model.field.grids().items()}
+    sensitivities = model.measure_sensitivity(lambda draw: datamanager.next_train(draw)[0])
+
+    def loss_at(bit_weight: float) -> float:
+        model.suit_quantiser(sensitivities, bit_weight)
+        for name, grid in model.field.grids().items():  # never finer than in training
+            grid.set_largest(list(map(min, grid.largest.tolist(), trained[name])))
+        model.refresh()
+        loss = before - psnr()
+        CONSOLE.log(f"A bit worth {bit_weight:.1e} of squared error costs {loss:.4f} dB.")
+        return loss
+
+    low, high, found = math.log(_LOWEST), math.log(_HIGHEST), 0.0
+    for _ in range(_ROUNDS):
+        middle = (low + high) / 2
+        loss = loss_at(math.exp(middle))
+        if loss > allowed_loss:
+            high = middle
+            continue
+        low, found = middle, loss
+        if loss > 0.8 * allowed_loss:
+            break
+    else:
+        found = loss_at(math.exp(low))
+    return found
