@@ -463,8 +463,11 @@ class MaskedWaveletModel(Model):
         if not config.masks or not config.rate_steps:
             raise UserError("target-bytes needs masks and rate-steps: without, nothing steers size")
         self.rate.check_target()
-        assert attributes.trainer is not None
-        first, last = min(config.rate_steps), attributes.trainer.config.max_num_iterations
+        trainer = attributes.trainer
+        assert trainer is not None
+        # A resumed run goes on for as many steps again.
+        last = trainer._start_step + trainer.config.max_num_iterations
+        first = min(config.rate_steps)
         if first >= last:
             raise UserError(
                 f"target-bytes: the first of rate-steps, {first}, is not before the end, {last}"

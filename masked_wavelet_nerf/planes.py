@@ -119,10 +119,11 @@ class CoefficientGrid(nn.Module):
 
     def set_prices(self, prices: Sequence[Tensor] | None) -> None:
         """Gives every logit a price, of the shape of its coefficient; None lets all weigh one."""
-        for level in range(len(self.coefficients)):
+        for level, values in enumerate(self.coefficients):
             if prices is not None:
-                price = native.channels_last(prices[level].to(self.size.device))
-                self.register_buffer(f"price_{level}", price)
+                # In the same order in memory as coefficients and logits.
+                price = torch.empty_like(values, dtype=torch.uint8, requires_grad=False)
+                self.register_buffer(f"price_{level}", price.copy_(prices[level]))
             elif self._is_priced:
                 delattr(self, f"price_{level}")
         self._is_priced = prices is not None
@@ -298,12 +299,14 @@ class CoefficientGrid(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # Grids grow in training: the resolution is taken from the checkpoint's shapes. Runs before
         # the parameter lists (children) load, so they find tensors of the right shape.
-        if prefix + "size" in state_dict:
+        # nerfstudio loads a second time, nothing at all.
+        is_here = prefix + "size" in state_dict
+        if is_here:
             self._size = tuple(state_dict[prefix + "size"].tolist())
-        # Earlier checkpoints have none: all levels have that of the quantiser's bits.
-        largest = state_dict.setdefault(prefix + "largest", self.largest)
-        if self._largest is not None:
-            self._largest = tuple(largest.tolist())
+            # Earlier checkpoints have none: all levels have that of the quantiser's bits.
+            largest = state_dict.setdefault(prefix + "largest", self.largest)
+            if self._largest is not None:
+                self._largest = tuple(largest.tolist())
         for name, parameters in (("coefficients", self.coefficients), ("logits", self.logits)):
             for index, parameter in enumerate(parameters):
                 saved = state_dict.get(f"{prefix}{name}.{index}")
@@ -311,9 +314,10 @@ class CoefficientGrid(nn.Module):
                     # The layout is taken over too: that of the optimiser's state has to match.
                     layout = torch.empty_like(saved, device=parameter.device)
                     _replace_data(parameter, layout)
-        levels = range(len(self.coefficients))
-        prices = [state_dict.get(f"{prefix}price_{level}") for level in levels]
-        self.set_prices(None if None in prices else prices)
+        if is_here:
+            levels = range(len(self.coefficients))
+            prices = [state_dict.get(f"{prefix}price_{level}") for level in levels]
+            self.set_prices(None if None in prices else prices)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
