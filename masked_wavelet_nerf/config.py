@@ -46,9 +46,9 @@ class MaskedWaveletModelConfig(ModelConfig):
     mask_weight: float = 1e-10
     """λ, the weight of the mask penalty: larger gives smaller files. The paper's values are 1e-10,
     5e-11 and 2.5e-11 for 300³ voxels; smaller grids and shorter trainings want more."""
-    mask_penalty: PenaltyName = "rate"
-    """rate: of raw logits, each times what keeping its coefficient costs in the file, from the
-    first of rate_steps on. sum: of raw logits, as in the paper's code. mean: the expected kept
+    mask_penalty: PenaltyName = "sum"
+    """sum: of raw logits, as in the paper's code. rate: the same, but from the first of rate_steps
+    on each logit times what keeping its coefficient costs in the file. mean: the expected kept
     fraction, so that λ (some 1e-3) weighs the same at every grid size; masks then close early while
     the grid is small."""
 

@@ -169,6 +169,33 @@ def test_paper_profile_holds_the_same_scene_in_more_bytes(bench, tmp_path, captu
         np.testing.assert_array_equal(array.to_floats(), paper.networks[name])
 
 
+def test_an_allowed_loss_makes_a_smaller_file_of_coarser_steps(bench, tmp_path, capture, capsys):
+    row, folder = bench
+    config = folder / "masked-wavelet-bounded" / "trained" / "config.yml"
+    places = {"--load-config": config, "--data": capture, "--output-dir": tmp_path}
+    arguments = [str(word) for pair in places.items() for word in pair]
+    assert cli.main(["export", *arguments, "--allowed-loss", "0.05"]) == 0
+    coarse, fine = codec.read(tmp_path / "scene.mwnf"), codec.read(folder / "scene.mwnf")
+    assert (tmp_path / "scene.mwnf").stat().st_size < 0.95 * row["bytes"]
+    for one, other in zip(coarse.grids, fine.grids, strict=True):
+        for a, b in zip(one.bands, other.bands, strict=True):
+            assert np.abs(a.values).max(initial=0) <= np.abs(b.values).max(initial=0)
+    # What the file says of itself is what it gives, not what was trained.
+    assert row["psnr_before"] - coarse.meta["psnr"] <= 0.05 + 1e-3
+    output = " ".join(capsys.readouterr().out.split())
+    assert f"{row['psnr_before']:.3f} dB before, {coarse.meta['psnr']:.3f} dB after" in output
+
+
+def test_an_allowed_loss_needs_the_capture(bench, tmp_path, capture, capsys):
+    text = (bench[1] / "masked-wavelet-bounded" / "trained" / "config.yml").read_text()
+    moved = tmp_path / "config.yml"
+    moved.write_text(text.replace(f"- {capture.parent.name}\n", "- gone\n"))
+    arguments = ["--load-config", str(moved), "--output-dir", str(tmp_path)]
+    assert cli.main(["export", *arguments, "--allowed-loss", "0.05"]) == 2
+    assert "--allowed-loss needs the capture" in capsys.readouterr().err
+    assert not (tmp_path / "scene.mwnf").exists()
+
+
 def test_decode_levels_leaves_the_finer_ones_out(bench, tmp_path, capsys):
     _, folder = bench
     arguments = ["decode", str(folder / "scene.mwnf"), "--output-dir", str(tmp_path / "run")]

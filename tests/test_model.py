@@ -415,6 +415,33 @@ def test_the_sum_penalty_is_that_of_the_papers_code(tiny_config, start, compiled
             assert (of_logits == 0.5).all()
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_rate_penalty_is_that_of_priced_logits_times_the_steered_weight(
+    tiny_config, start, compiled
+):
+    with contextlib.nullcontext() if compiled else native.disabled():
+        trainer = start(tiny_config(mask_weight=0.5, mask_penalty="rate"))
+        model: MaskedWaveletModel = trainer.pipeline.model
+        grids = model.field.grids().values()
+        for number, grid in enumerate(grids):
+            shapes = [some.shape for some in grid.logits]
+            grid.set_prices([torch.full(s, 7 + number, dtype=torch.uint8) for s in shapes])
+        model.rate.log_factor.fill_(math.log(3.0))
+        trainer.pipeline.train()
+        rays, batch = trainer.pipeline.datamanager.next_train(0)
+        loss = model.get_loss_dict(model(rays), batch)["mask_loss"]
+        # Logits begin at one.
+        counts = [sum(some.numel() for some in grid.logits) for grid in grids]
+        expected = [1.5 * (7 + number) / 80 for number in range(len(counts))]
+        total = sum(n * weight for n, weight in zip(counts, expected, strict=True))
+        assert float(loss) == pytest.approx(total, rel=1e-5)
+        logits = [some for grid in grids for some in grid.logits]
+        found = iter(torch.autograd.grad(loss, logits))
+        for weight, grid in zip(expected, grids, strict=True):
+            for some in grid.logits:
+                torch.testing.assert_close(next(found), torch.full_like(some, weight))
+
+
 def test_a_step_draws_the_same_whatever_came_before(tiny_config, start):
     manager = start(tiny_config()).pipeline.datamanager
     _, first = manager.next_train(7)

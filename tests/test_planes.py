@@ -384,6 +384,18 @@ def test_state_holds_quantisers_and_prices(with_prices, was_priced):
     assert set(target.state_dict()) == set(source.state_dict())
 
 
+def test_an_empty_state_changes_nothing():
+    """nerfstudio's pipeline loads its model, and then itself, of which nothing is left."""
+    grid = priced()
+    before = {name: tensor.clone() for name, tensor in grid.state_dict().items()}
+    shown, _ = grid()
+    grid.load_state_dict({}, strict=False)
+    after = grid.state_dict()
+    assert set(after) == set(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert all(map(torch.equal, grid()[0].planes, shown.planes))
+
+
 @pytest.mark.parametrize("bits", [None, 5])
 def test_state_of_before_quantisers_of_levels_takes_the_configured_one(bits):
     source = factorised((7, 10, 13), bits=bits)
@@ -780,7 +792,8 @@ def test_the_field_does_not_need_nerfstudio():
         """
         import sys
         import torch
-        from masked_wavelet_nerf import field, masking, planes, rate, rate_control, sensitivity, wavelet
+        from masked_wavelet_nerf import field, masking, planes, rate, rate_control
+        from masked_wavelet_nerf import sensitivity, wavelet
         loaded = [m for m in sys.modules if m.split(".")[0] == "nerfstudio"]
         assert not loaded, loaded
         config = field.FieldConfig(num_density_components=1, num_appearance_components=1)

@@ -9,7 +9,7 @@ import masked_wavelet_codec as codec
 from masked_wavelet_nerf.errors import UserError
 from masked_wavelet_nerf.scene import scene_from_model
 
-RATES = {"mask_weight": 1e-6, "rate_steps": (14, 17)}
+RATES = {"mask_penalty": "rate", "mask_weight": 1e-6, "rate_steps": (14, 17)}
 
 
 def largest(trainer) -> list[list[int]]:
