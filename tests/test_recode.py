@@ -70,6 +70,28 @@ def test_a_larger_allowance_gives_fewer_bytes_and_no_larger_loss_than_allowed(
     assert not run.model.training and psnr(run) == pytest.approx(before, abs=1e-6)
 
 
+def test_the_coarsest_steps_before_a_cliff_are_found(tiny_config, start, monkeypatch):
+    """PSNR that falls all at once: the last steps that were tried may lie beyond."""
+    run = run_of(start(tiny_config()))
+    trained = {name: grid.largest.tolist() for name, grid in run.model.field.grids().items()}
+    whole = sum(largest(run))
+    real = evaluate(run.pipeline)
+    monkeypatch.setattr(recode, "_LOWEST", 1e-20)
+    monkeypatch.setattr(recode, "_HIGHEST", 1e-4)
+    for cliff in (0.2, 0.35, 0.5, 0.65, 0.8):
+
+        def fallen(*_, cliff: float = cliff):
+            return dataclasses.replace(
+                real, psnr=30.0 if sum(largest(run)) > cliff * whole else 20.0
+            )
+
+        monkeypatch.setattr(recode, "evaluate", fallen)
+        assert recode.coarsen(run, 0.5) == 0
+        assert cliff < sum(largest(run)) / whole < cliff + 0.03
+        for name, grid in run.model.field.grids().items():
+            grid.set_largest(trained[name])
+
+
 def test_large_views_are_made_smaller(tiny_config, start, monkeypatch):
     run, asked = run_of(start(tiny_config())), []
 
