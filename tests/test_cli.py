@@ -347,9 +347,10 @@ def test_committed_presets_are_understood_by_ns_train():
     for path in Path(__file__).parent.parent.glob("configs/*.toml"):
         preset = load_preset(path)
         arguments = preset.arguments(Path("capture"))
-        config = tyro.cli(
-            type(all_methods[preset.method]), default=all_methods[preset.method], args=arguments[1:]
-        )
+        method = all_methods[preset.method]
+        # nerfstudio's own setting: True and False are written out.
+        as_ns_train = tyro.conf.FlagConversionOff[type(method)]
+        config = tyro.cli(as_ns_train, default=method, args=arguments[1:])
         model = config.pipeline.model
         assert str(config.data) == "capture"
         assert config.optimizers["grids"]["scheduler"].restarts == model.upsample_steps
