@@ -204,7 +204,8 @@ def encode_levels(_bits: int, grids: Sequence[Grid]) -> Iterator[Section]:
         for model, members in _with_models(known, layouts, bands, keys):
             model.write(writer)
             for number, band, values, mask in members:
-                _code_grid(encoder, known, model, number, band, keys[number], values, mask)
+                coders = encoder, encoder
+                _code_grid(coders, known, model, number, band, keys[number], values, mask)
         writer.raw(encoder.getvalue())
         yield Section(SectionType.COEFFICIENTS, level, writer.getvalue())
 
@@ -287,7 +288,7 @@ def _with_models(
 
 
 def _code_grid(
-    coder: Coder | tuple[Coder, Coder],
+    coders: tuple[Coder, Coder],
     known: _Known,
     model: _Model,
     number: int,
@@ -296,12 +297,12 @@ def _code_grid(
     values: np.ndarray | None = None,
     mask: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Codes a grid at a level, with one coder or one for masks and one for values.
+    """Codes a grid at a level, with a coder for the mask and one for the values.
 
     Returns:
         Values (C, B, h, w) int32 and mask.
     """
-    of_mask, of_values = coder if isinstance(coder, tuple) else (coder, coder)
+    of_mask, of_values = coders
     shape = _four(band.shape)
     if 0 < band.num_kept < band.count:
         context = known.contexts(number, shape, key)
@@ -343,7 +344,8 @@ def decode_levels(
         known.begin_level()
         for family, model in zip(families, models, strict=True):
             for number, band in family:
-                values, mask = _code_grid(decoder, known, model, number, band, keys[number])
+                coders = decoder, decoder
+                values, mask = _code_grid(coders, known, model, number, band, keys[number])
                 name = layout.grids[number].name
                 if (num_kept := int(np.count_nonzero(mask))) != band.num_kept:
                     raise reader.error(
