@@ -12,8 +12,11 @@ Letters: R rays, N samples or points, F input features, X, Y, Z occupancy nodes.
 
 from __future__ import annotations
 
+import importlib.util
+import textwrap
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +40,23 @@ _reasons: dict[str, str] = {}
 def status() -> str:
     """Which libraries are in use on CUDA, and why not: one line for people."""
     if not _reasons:
-        return "CUDA accelerators: tiny-cuda-nn and nerfacc are used where they apply."
+        return "CUDA accelerators: tiny-cuda-nn, nerfacc and CUDA graphs are used where they apply."
     return "CUDA accelerators: " + "; ".join(f"{n}: {r}" for n, r in _reasons.items()) + "."
+
+
+def leave_out(name: str, reason: str) -> None:
+    """Has plain torch take a library's place from now on, and :func:`status` say why."""
+    _reasons[name] = f"{reason}: plain torch is used"
+
+
+def first_line(error: Exception) -> str:
+    """What people can read of it: what fails to compile comes with pages of the compiler's."""
+    return textwrap.shorten(str(error).partition("\n")[0], 200)
+
+
+def is_left_out(name: str) -> bool:
+    """Whether :func:`leave_out` was told so."""
+    return name in _reasons
 
 
 def try_out(network: nn.Sequential, device: torch.device) -> None:
@@ -89,11 +107,11 @@ def _fused_network(network: nn.Sequential, num_inputs: int) -> nn.Module | None:
     try:
         import tinycudann  # pyright: ignore[reportMissingImports]
     except (ImportError, OSError) as error:
-        return _leave_out("tiny-cuda-nn", f"not installed ({error})")
+        return leave_out("tiny-cuda-nn", f"not installed ({first_line(error)})")
     if any(layer.bias is not None for layer in layers):
-        return _leave_out("tiny-cuda-nn", "needs --pipeline.model.network-biases False")
+        return leave_out("tiny-cuda-nn", "needs --pipeline.model.network-biases False")
     if len(widths) != 1 or not widths <= set(_WIDTHS):
-        return _leave_out("tiny-cuda-nn", f"needs a hidden width of {_WIDTHS}, not {widths}")
+        return leave_out("tiny-cuda-nn", f"needs a hidden width of {_WIDTHS}, not {widths}")
     try:
         fused = tinycudann.Network(
             num_inputs,
@@ -111,9 +129,9 @@ def _fused_network(network: nn.Sequential, num_inputs: int) -> nn.Module | None:
             expected, found = network(trial), _run_fused(fused, network, trial)
         error = float((expected - found).abs().max() / expected.abs().max().clamp(min=1e-6))
     except RuntimeError as error:  # an unsupported GPU, or another layout of weights
-        return _leave_out("tiny-cuda-nn", f"does not run here ({error})")
+        return leave_out("tiny-cuda-nn", f"does not run here ({first_line(error)})")
     if not error < _TOLERANCE:
-        return _leave_out("tiny-cuda-nn", f"disagrees with plain torch by {error:.1%}")
+        return leave_out("tiny-cuda-nn", f"disagrees with plain torch by {error:.1%}")
     return fused
 
 
@@ -150,7 +168,7 @@ def occupied_samples(
     from nerfacc import traverse_grids
 
     # A node stands for the cell around it: the grid of cells ends half a cell outside the nodes.
-    nodes = torch.tensor(cells.shape, device=cells.device, dtype=origins.dtype)
+    nodes = torch.tensor(cells.shape, dtype=origins.dtype).to(cells.device, non_blocking=True)
     corner = 1 + 1 / (nodes - 1)
     _, samples = traverse_grids(
         origins,
@@ -164,7 +182,22 @@ def occupied_samples(
     return samples.ray_indices.long(), samples.vals  # pyright: ignore[reportOptionalMemberAccess]
 
 
+def _has_nerfacc_kernels() -> bool:
+    if importlib.util.find_spec("nerfacc.csrc") is not None:  # built with the package
+        return True
+    from torch.utils import cpp_extension  # which has a word to say where there is no CUDA
+
+    built = cpp_extension._get_build_directory("nerfacc_cuda", verbose=False)
+    return Path(built, "nerfacc_cuda.so").exists()
+
+
 def _try_marching(device: torch.device) -> bool:
+    if not _has_nerfacc_kernels():
+        # To compile them takes minutes, and every time anew where it fails.
+        how = 'python -c "import nerfacc.cuda._backend" does so once'
+        leave_out("nerfacc", f"its kernels are not compiled ({how})")
+        return False
+
     def compare() -> float:
         generator = torch.Generator().manual_seed(0)
         cells = (torch.rand(8, 9, 10, generator=generator) < 0.4).to(device)
@@ -192,13 +225,9 @@ def _passes(name: str, compare: Callable[[], float]) -> bool:
     try:
         difference = compare()
     except (ImportError, RuntimeError, AttributeError) as error:
-        _leave_out(name, f"does not run here ({error})")
+        leave_out(name, f"does not run here ({first_line(error)})")
         return False
     if not difference < _TOLERANCE:
-        _leave_out(name, f"disagrees with plain torch by {difference:.1%}")
+        leave_out(name, f"disagrees with plain torch by {difference:.1%}")
         return False
     return True
-
-
-def _leave_out(name: str, reason: str) -> None:
-    _reasons[name] = f"{reason}: plain torch is used"

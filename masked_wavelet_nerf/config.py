@@ -145,7 +145,7 @@ class MaskedWaveletModelConfig(ModelConfig):
     """Weight of the total variation of the appearance planes, taken in the spatial domain."""
 
     eval_num_rays_per_chunk: int = 4096
-    """Rays rendered at once in evaluation."""
+    """Rays rendered at once in evaluation; on CUDA eight times as many."""
     enable_collider: tyro.conf.Suppress[bool] = True
     """Rays always get a near and a far distance."""
     collider_params: tyro.conf.Suppress[dict[str, float] | None] = None

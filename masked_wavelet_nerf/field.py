@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from masked_wavelet_nerf import accelerators, native
+from masked_wavelet_nerf import accelerators, graphs, native
 from masked_wavelet_nerf.masking import RoundedLinear
 from masked_wavelet_nerf.planes import (
     CoefficientGrid,
@@ -114,6 +114,8 @@ class WaveletPlaneField(nn.Module):
         assert isinstance(last, nn.Linear)
         if config.network_biases:
             nn.init.zeros_(last.bias)
+        self._recording = graphs.Recording()
+        self._num_coefficients: tuple[tuple[int, int, int], list[list[int]]] | None = None
 
     @property
     def resolution(self) -> tuple[int, int, int]:
@@ -128,6 +130,13 @@ class WaveletPlaneField(nn.Module):
                 named.update({f"{part}_{kind}.{i}": member for i, member in enumerate(members)})
         return named
 
+    def num_coefficients(self) -> list[list[int]]:
+        """Of each level of each grid, in the order of :meth:`grids`."""
+        if self._num_coefficients is None or self._num_coefficients[0] != self.resolution:
+            found = [[p.numel() for p in grid.coefficients] for grid in self.grids().values()]
+            self._num_coefficients = self.resolution, found
+        return self._num_coefficients[1]
+
     def networks(self) -> dict[str, nn.Parameter]:
         """Appearance map and colour network by the names they have in the bitstream."""
         modules: dict[str, nn.Module] = {
@@ -141,9 +150,12 @@ class WaveletPlaneField(nn.Module):
         }
 
     def to_spatial(self, num_levels: int | None = None, threshold: float = 0.0) -> SpatialField:
-        """Quantise → mask → inverse transform of every grid: once per step, not per chunk."""
+        """Quantise → mask → inverse transform of every grid: once per step, not per chunk.
+
+        On CUDA, while gradients are wanted, what is returned lasts until the next call.
+        """
         grids = self.density_grid, self.appearance_grid
-        both, logit_sum = to_spatial(grids, num_levels, threshold)
+        both, logit_sum = to_spatial(grids, num_levels, threshold, self._recording)
         (density, density_kept), (appearance, appearance_kept) = both
         return SpatialField(density, appearance, density_kept + appearance_kept, logit_sum)
 

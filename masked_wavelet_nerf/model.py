@@ -6,13 +6,14 @@ World positions become grid points in [-1, 1]³ by the box (bounded scenes) or b
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from nerfacc import accumulate_along_rays
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager
@@ -55,6 +56,8 @@ _RAYS_PER_CHUNK = 1 << 14
 """Rays that are asked at once whether they can see anything."""
 
 
+_TIMES_AS_MANY_ON_CUDA = 8
+"""Rays per chunk of an image there: small chunks leave a GPU waiting for the host."""
 _INITIAL_SLOPE = 0.197
 """σ' of masks as they start."""
 _STEERING_STEPS = 10
@@ -309,7 +312,7 @@ class MaskedWaveletModel(Model):
         rendered, true = self.renderer_rgb.blend_background_for_loss_computation(
             pred_image=outputs["rgb"],
             pred_accumulation=outputs["accumulation"],
-            gt_image=batch["image"].to(self.device),
+            gt_image=batch["image"].to(self.device, non_blocking=True),
         )
         return true, rendered
 
@@ -360,10 +363,15 @@ class MaskedWaveletModel(Model):
         """
         in_viewer = self.levels_shown.gui_handle is not None
         self._shown_in_image = self._shown() if in_viewer else None
+        config = self.config
+        if self.device.type == "cuda":
+            rays = config.eval_num_rays_per_chunk * _TIMES_AS_MANY_ON_CUDA
+            self.config = dataclasses.replace(config, eval_num_rays_per_chunk=rays)
         try:
             return super().get_outputs_for_camera_ray_bundle(camera_ray_bundle)
         finally:
             self._shown_in_image = None
+            self.config = config
 
     @torch.no_grad()
     def get_metrics_dict(self, outputs, batch) -> dict[str, Tensor]:
@@ -371,34 +379,30 @@ class MaskedWaveletModel(Model):
         true, rendered = self._true_and_rendered(outputs, batch)
         metrics = {"psnr": -10 * torch.log10(F.mse_loss(rendered, true))}
         if self.training:
-            kept = self._spatial_of_step.kept
-            metrics["kept"] = torch.cat(kept).sum() / sum(map(sum, self._totals()))
+            kept = torch.cat(self._spatial_of_step.kept)
+            metrics["kept"] = kept.sum() / sum(map(sum, self.field.num_coefficients()))
             metrics.update(self._kept_by_level(kept))
-            metrics["estimated_bytes"] = self.rate.estimate(kept)
+            metrics["estimated_bytes"] = self.rate.estimate([kept])
             if self.config.target_bytes is not None:
                 metrics["mask_weight"] = self.config.mask_weight * self.rate.factor()
         return metrics
 
-    def _kept_by_level(self, kept: list[Tensor]) -> dict[str, Tensor]:
+    def _kept_by_level(self, kept: Int[Tensor, " _"]) -> dict[str, Tensor]:
         num_levels = self.config.levels + 1
         level_of, totals = [], [0] * (num_levels + 1)
-        for grid_totals in self._totals():
+        for grid_totals in self.field.num_coefficients():
             for level, total in enumerate(grid_totals):
                 # Lines have no levels, and are counted beside them.
                 has_levels = len(grid_totals) > 1 or num_levels == 1
                 level_of.append(level if has_levels else num_levels)
                 totals[level_of[-1]] += total
-        counts = torch.cat(kept)
-        where = torch.tensor(level_of).to(counts.device, non_blocking=True)
-        by_level = counts.new_zeros(num_levels + 1).index_add(0, where, counts)
+        where = torch.tensor(level_of).to(kept.device, non_blocking=True)
+        by_level = kept.new_zeros(num_levels + 1).index_add(0, where, kept)
         return {
             f"kept_level_{level}": by_level[level] / totals[level]
             for level in range(num_levels)
             if totals[level]
         }
-
-    def _totals(self) -> list[list[int]]:
-        return [[p.numel() for p in grid.coefficients] for grid in self.field.grids().values()]  # pyright: ignore[reportGeneralTypeIssues]
 
     def get_image_metrics_and_images(self, outputs, batch):
         """PSNR, SSIM, LPIPS of a whole image, and pictures for the logs."""
@@ -554,7 +558,7 @@ class MaskedWaveletModel(Model):
         """Mean squared error that a bit is worth, as λ says."""
         weight = _BIT_SHARE * self.config.mask_weight * float(self.rate.factor())
         if self.config.mask_penalty == "mean":  # a slope of σ' over all coefficients
-            return weight * _INITIAL_SLOPE / sum(map(sum, self._totals()))
+            return weight * _INITIAL_SLOPE / sum(map(sum, self.field.num_coefficients()))
         return weight
 
     def _sides(self) -> dict[int, int]:

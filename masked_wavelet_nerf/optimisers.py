@@ -42,7 +42,7 @@ class DenseAdam(torch.optim.Adam):
         result = super()._init_group(group, *lists, max_exp_avg_sqs, state_steps)
         for i, parameter in enumerate(params_with_grad):
             grads[i] = _laid_out_as(parameter, grads[i])
-            if is_dense(parameter):
+            if not parameter.is_contiguous() and is_dense(parameter):
                 for members in lists:
                     members[i] = members[i].as_strided((parameter.numel(),), (1,))
         return result

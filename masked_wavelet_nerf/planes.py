@@ -17,7 +17,7 @@ Letters: C components, B bands of a level, N points, L levels, H, W plane size.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -27,7 +27,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from masked_wavelet_nerf import native
+from masked_wavelet_nerf import graphs, native
 from masked_wavelet_nerf.masking import (
     QuantisedBand,
     keep,
@@ -36,6 +36,7 @@ from masked_wavelet_nerf.masking import (
     quantise_to_integers,
     quantiser_step,
 )
+from masked_wavelet_nerf.rate import mask_penalty
 from masked_wavelet_nerf.wavelet import Bands, DCTTransform, PlaneTransform, make_transform
 
 PlanesName = Literal["vm", "triplane"]
@@ -160,6 +161,10 @@ class CoefficientGrid(nn.Module):
             levels.append(shown)
             counts.append(kept_count)
         return self._inverse_transform(levels), torch.stack(counts)
+
+    def settings(self) -> Hashable:
+        """What :meth:`forward` depends on beside coefficients and logits."""
+        return self._size, self._largest, tuple(price.data_ptr() for price in self.prices)
 
     def compiled(self, num_levels: int | None) -> native.Bands | None:
         """What :meth:`forward` works on, for the compiled loops, where they can take its place."""
@@ -419,7 +424,7 @@ class FactorisedGrid(nn.Module):
         self, spatial: SpatialGrid, points: Float[Tensor, "N 3"]
     ) -> Float[Tensor, "features N"]:
         sampled = [
-            _sample(plane[None], points[:, (u, v)])
+            _sample(plane[None], points[:, u : v + 1 : v - u])
             for plane, (u, v) in zip(spatial.planes, PLANE_AXES, strict=True)
         ]
         if spatial.lines:
@@ -449,25 +454,43 @@ class FactorisedGrid(nn.Module):
 
 
 def to_spatial(
-    grids: Sequence[FactorisedGrid], num_levels: int | None = None, threshold: float = 0.0
+    grids: Sequence[FactorisedGrid],
+    num_levels: int | None = None,
+    threshold: float = 0.0,
+    recording: graphs.Recording | None = None,
 ) -> tuple[list[tuple[SpatialGrid, list[Int[Tensor, " _"]]]], Float[Tensor, ""] | None]:
-    """:meth:`CoefficientGrid.forward` of all planes and lines: at once, where compiled loops can.
+    """:meth:`CoefficientGrid.forward` of all planes and lines: at once, where that can be.
+
+    Args:
+        grids: whose planes and lines.
+        num_levels: see :meth:`CoefficientGrid.forward`.
+        threshold: likewise.
+        recording: to replay on CUDA, where all that is returned is overwritten by the next call.
 
     Returns:
         For each grid its planes and lines in the spatial domain, and kept counts of their levels;
-        and the sum of all logits, times their prices, where compiled loops passed over them: it
-        costs nothing there.
+        and the sum of all logits, times their prices, where it costs nothing.
     """
     members = [member for grid in grids for member in grid.grids]
     served = [bands for member in members if (bands := member.compiled(num_levels)) is not None]
     if len(served) == len(members):
         parameters = [p for bands in served for p in (*bands.values, *bands.logits)]
         logit_sum, *found = _MaskedSpatial.apply(served, threshold, *parameters)
-        spatial, kept = iter(found[: len(members)]), iter(found[len(members) :])
+    elif recording is not None and all(len(member.logits) for member in members):
+        parameters = [p for member in members for p in (*member.coefficients, *member.logits)]
+
+        def compute(*_: Tensor) -> tuple[Tensor, ...]:
+            penalties = [mask_penalty(list(m.logits), "rate", m.prices) for m in members]
+            each = [member(num_levels, threshold) for member in members]
+            return torch.stack(penalties).sum(), *itertools.chain(*zip(*each, strict=True))
+
+        settings = num_levels, threshold, tuple(member.settings() for member in members)
+        logit_sum, *found = recording.run(compute, parameters, settings)
     else:
         logit_sum = None
         each = [member(num_levels, threshold) for member in members]
-        spatial, kept = map(iter, zip(*each, strict=True))
+        found = [*itertools.chain(*zip(*each, strict=True))]
+    spatial, kept = iter(found[: len(members)]), iter(found[len(members) :])
     by_grid = [
         (
             SpatialGrid(
@@ -540,4 +563,5 @@ class _NativeFeatures(torch.autograd.Function):
 def _sample(image: Float[Tensor, "1 C H W"], xy: Float[Tensor, "N 2"]) -> Float[Tensor, "C N"]:
     # Of grid_sample, embedding_bag, index_select and a sparse product, grid_sample is the fastest
     # on CPU, forward and backward (16 channels, 45,000 points, one core: 7, 21, 22, 10 ms).
-    return F.grid_sample(image, xy[None, None], padding_mode="border", align_corners=True)[0, :, 0]
+    sampled = F.grid_sample(image, xy[None, None], padding_mode="border", align_corners=True)
+    return sampled.view(image.shape[1], len(xy))  # an index would fill zeros around its gradient

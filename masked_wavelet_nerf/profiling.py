@@ -199,7 +199,7 @@ def measure(case: Case) -> Measurement:
         model = model_of(trainer)
         with torch.no_grad():
             kept = torch.cat(model.field.to_spatial().kept).sum()
-        total = sum(p.numel() for grid in model.field.grids().values() for p in grid.coefficients)
+        total = sum(map(sum, model.field.num_coefficients()))
         frame, render_peaks, first, following = _measure_frame(trainer, case)
         step, train_peaks = _measure_step(trainer, case)
         return Measurement(

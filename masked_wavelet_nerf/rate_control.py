@@ -92,8 +92,7 @@ class RateControl(nn.Module):
         return self._coefficient_bytes(kept) + self._rest_bytes()
 
     def _coefficient_bytes(self, kept: Sequence[Int[Tensor, " _"]]) -> Float[Tensor, ""]:
-        grids = self._parts[0].grids().values()
-        total = sum(level.numel() for grid in grids for level in grid.coefficients)
+        total = sum(map(sum, self._parts[0].num_coefficients()))
         return self.scale * estimate_coefficient_bytes(kept, total, self.bits)
 
     def _rest_bytes(self) -> Float[Tensor, ""]:

@@ -23,6 +23,8 @@ _CHUNK = 1 << 18
 """Points whose density is computed at once when the occupancy is updated."""
 
 
+_PLACES = 1 << 22
+"""Places along rays that are looked at at once, some 100 bytes each."""
 _OPAQUE = 1e4
 """Optical depth beyond which a sample lets nothing through: e^-10000 is 0."""
 
@@ -52,7 +54,8 @@ def march(
 ) -> PackedSamples:
     """Occupied samples at a fixed step: near + (i + jitter) · step < far, jitter 0.5 if None.
 
-    The number of samples shapes what follows, so on CUDA this waits for the device, once.
+    The number of samples shapes what follows, so on CUDA this waits for the device, once for every
+    four million places.
 
     Args:
         origins: of the rays, in the coordinates of the grids, where [-1, 1]³ is the box.
@@ -78,10 +81,15 @@ def march(
         )
         return PackedSamples(ray, middles, step_size, points)
     index = torch.arange(num_steps, device=nears.device, dtype=nears.dtype)
-    middles = first + index * step_size
-    valid = middles < fars
-    valid &= occupancy(origins[:, None] + directions[:, None] * middles[..., None])
-    flat = valid.flatten().nonzero()[:, 0]
+    rays_at_once = max(1, _PLACES // max(1, num_steps))
+    found = []
+    for start in range(0, max(1, len(origins)), rays_at_once):
+        rays = slice(start, start + rays_at_once)
+        places = first[rays] + index * step_size
+        valid = places < fars[rays]
+        valid &= occupancy(origins[rays, None] + directions[rays, None] * places[..., None])
+        found.append(valid.flatten().nonzero()[:, 0] + start * num_steps)
+    flat = torch.cat(found)
     ray = flat // num_steps
     middles = first[ray, 0] + (flat - ray * num_steps) * step_size
     points = torch.addcmul(origins[ray], directions[ray], middles[:, None])
@@ -89,7 +97,7 @@ def march(
 
 
 def render_weights(
-    optical_depth: Float[Tensor, " N"], ray: Int[Tensor, " N"], num_rays: int
+    optical_depth: Float[Tensor, " N"], ray: Int[Tensor, " N"]
 ) -> Float[Tensor, " N"]:
     """w_i = exp(-Σ_{j<i} x_j) · (1 - exp(-x_i)) with x = density · length (Max 1995, eq. 3).
 
@@ -98,24 +106,20 @@ def render_weights(
     Args:
         optical_depth: x of packed samples.
         ray: ray of each, ascending.
-        num_rays: R.
     """
     if not len(ray):
         return optical_depth
     # A NaN stays with its own sample.
     depth = optical_depth.nan_to_num(nan=0.0, posinf=_OPAQUE).clamp(max=_OPAQUE)
-    return torch.exp(-_earlier(depth, ray, num_rays)) * -torch.expm1(-optical_depth)
+    return torch.exp(-_earlier(depth, ray)) * -torch.expm1(-optical_depth)
 
 
-def _earlier(
-    values: Float[Tensor, " N"], ray: Int[Tensor, " N"], num_rays: int
-) -> Float[Tensor, " N"]:
+def _earlier(values: Float[Tensor, " N"], ray: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
     """Sum over the earlier samples of the same ray."""
     # One running sum over all rays; doubles, as what lies before a ray is taken off again.
     before_sample = F.pad(values.double().cumsum(dim=0)[:-1], (1, 0))
-    counts = torch.bincount(ray, minlength=num_rays)
-    first = (counts.cumsum(dim=0) - counts).clamp(max=len(ray) - 1)
-    return (before_sample - before_sample[first][ray]).to(values.dtype)
+    first = torch.searchsorted(ray, ray)  # which, unlike counting, does not wait for the device
+    return (before_sample - before_sample[first]).to(values.dtype)
 
 
 class SharedColours(NamedTuple):
@@ -132,7 +136,6 @@ class SharedColours(NamedTuple):
 def share_colours(
     samples: PackedSamples,
     weights: Float[Tensor, " N"],
-    num_rays: int,
     least: float,
     most: float,
 ) -> SharedColours:
@@ -149,7 +152,6 @@ def share_colours(
     Args:
         samples: packed samples.
         weights: of volume rendering.
-        num_rays: R.
         least: weight up to which a sample has no colour at all.
         most: weight for which samples share a colour; 0 gives each its own.
     """
@@ -157,7 +159,7 @@ def share_colours(
     held = torch.where(alive, weights.detach(), 0)  # what is no number must not spread
     starts = alive
     if most > 0 and len(ray):
-        bins = ((_earlier(held, ray, num_rays) + held / 2) / most).floor()
+        bins = ((_earlier(held, ray) + held / 2) / most).floor()
         same = (bins[1:] == bins[:-1]) & (ray[1:] == ray[:-1]) & alive[:-1]
         lengths = samples.lengths
         lengths = lengths[1:] if isinstance(lengths, Tensor) else lengths
@@ -208,10 +210,10 @@ def composite(
         )
         colours = SharedColours(of_colour, shares, centres)
         return Composite(accumulation[:, None], distance[:, None], colours)
-    weights = render_weights(optical_depth, ray, num_rays)
+    weights = render_weights(optical_depth, ray)
     sums = torch.stack((weights, weights * middles), dim=-1)
     sums = sums.new_zeros(num_rays, 2).index_add(0, ray, sums)
-    colours = share_colours(samples, weights, num_rays, least, most)
+    colours = share_colours(samples, weights, least, most)
     return Composite(sums[:, :1], sums[:, 1:], colours)
 
 
@@ -254,7 +256,7 @@ class OccupancyGrid(nn.Module):
 
     def forward(self, points: Float[Tensor, "*batch 3"]) -> Bool[Tensor, "*batch"]:
         """Whether the node nearest to each point of [-1, 1]³ is occupied; outside, nothing is."""
-        size = torch.tensor(self.cells.shape, device=points.device)
+        size = torch.tensor(self.cells.shape).to(points.device, non_blocking=True)
         nearest = ((points + 1) * ((size - 1) / 2)).round_().long()
         inside = ((nearest >= 0) & (nearest < size)).all(dim=-1)
         flat = (nearest[..., 0] * size[1] + nearest[..., 1]) * size[2] + nearest[..., 2]

@@ -157,6 +157,9 @@ def test_nerfacc_is_asked_for_the_samples_that_plain_torch_takes(monkeypatch):
     assert len(ray) > 50
     assert torch.equal(ray, expected.ray)
     torch.testing.assert_close(middles, expected.middles)
+    assert not accelerators._try_marching(torch.device("cpu"))
+    assert "nerfacc: its kernels are not compiled" in accelerators.status()
+    monkeypatch.setattr(accelerators, "_has_nerfacc_kernels", lambda: True)
     assert accelerators._try_marching(torch.device("cpu"))
     monkeypatch.setattr(accelerators, "occupied_samples", lambda *a: (torch.zeros(3).long(), None))
     assert not accelerators._try_marching(torch.device("cpu"))

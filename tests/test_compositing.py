@@ -53,9 +53,9 @@ def random_depths(num: int, *, seed: int = 1) -> torch.Tensor:
 def test_weights_equal_a_loop_front_to_back(counts):
     depths = random_depths(sum(counts))
     expected = weights_by_loop(depths.tolist(), counts)
-    found = render_weights(depths, rays_of(counts), len(counts))
+    found = render_weights(depths, rays_of(counts))
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-10, atol=1e-15)
-    found = render_weights(depths.float(), rays_of(counts), len(counts))
+    found = render_weights(depths.float(), rays_of(counts))
     assert found.dtype == torch.float32
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-6)
 
@@ -64,13 +64,13 @@ def test_weights_by_hand():
     # Half of the light is lost at each sample: 1/2, 1/4, 1/8; the next ray starts anew.
     depths = torch.full((5,), math.log(2))
     expected = torch.tensor([0.5, 0.25, 0.125, 0.5, 0.25])
-    torch.testing.assert_close(render_weights(depths, rays_of((3, 0, 2)), 3), expected)
+    torch.testing.assert_close(render_weights(depths, rays_of((3, 0, 2))), expected)
 
 
 @pytest.mark.parametrize("counts", COUNTS)
 def test_sum_of_weights_is_what_does_not_pass(counts):
     depths, ray = random_depths(sum(counts)), rays_of(counts)
-    weights = render_weights(depths, ray, len(counts))
+    weights = render_weights(depths, ray)
     total = torch.zeros(2, len(counts), dtype=torch.float64)
     total.index_add_(1, ray, torch.stack((depths, weights)))
     torch.testing.assert_close(total[1], 1 - torch.exp(-total[0]))
@@ -80,7 +80,7 @@ def test_sum_of_weights_is_what_does_not_pass(counts):
 def test_a_wall_neither_adds_light_nor_lets_it_pass(wall):
     depths = torch.tensor([0.1, 0.2, wall, 3.0])
     expected = [1 - math.exp(-0.1), math.exp(-0.1) - math.exp(-0.3), math.exp(-0.3), 0]
-    found = render_weights(depths, torch.zeros(4, dtype=torch.int64), 1)
+    found = render_weights(depths, torch.zeros(4, dtype=torch.int64))
     torch.testing.assert_close(found, torch.tensor(expected), atol=1e-6, rtol=1e-6)
 
 
@@ -90,12 +90,12 @@ def test_a_wall_in_one_ray_disturbs_no_other(wall):
     ray = rays_of(counts)
     depths = random_depths(len(ray)).float().requires_grad_()
     factor = torch.linspace(-1, 1, len(ray))
-    clear = render_weights(depths, ray, len(counts))
+    clear = render_weights(depths, ray)
     (gradient,) = torch.autograd.grad((clear * factor).sum(), depths)
     with_walls = depths.detach().clone()
     with_walls[5] = with_walls[7:207] = wall
     with_walls.requires_grad_()
-    weights = render_weights(with_walls, ray, len(counts))
+    weights = render_weights(with_walls, ray)
     (other,) = torch.autograd.grad((weights * factor).sum(), with_walls)
     elsewhere = (ray != 2) & (ray != 3)
     torch.testing.assert_close(weights[elsewhere], clear[elsewhere], rtol=1e-5, atol=1e-7)
@@ -109,7 +109,7 @@ def test_thousands_of_walls_leave_the_last_ray_its_digits():
     num_walls = 1_000_000
     ray = torch.cat((torch.zeros(num_walls, dtype=torch.int64), torch.ones(3, dtype=torch.int64)))
     depths = torch.cat((torch.full((num_walls,), 1e9), torch.tensor([0.1, 0.2, 0.3])))
-    found = render_weights(depths, ray, 2)[-3:]
+    found = render_weights(depths, ray)[-3:]
     expected = torch.from_numpy(weights_by_loop([0.1, 0.2, 0.3], (3,))).float()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
@@ -118,13 +118,13 @@ def test_thousands_of_walls_leave_the_last_ray_its_digits():
 def test_gradient_of_weights(counts):
     depths = random_depths(sum(counts)).requires_grad_()
     ray = rays_of(counts)
-    assert torch.autograd.gradcheck(lambda x: render_weights(x, ray, len(counts)), (depths,))
+    assert torch.autograd.gradcheck(lambda x: render_weights(x, ray), (depths,))
 
 
 def test_gradients_stay_within_their_ray():
     counts = (3, 2, 0, 4)
     depths = random_depths(9).requires_grad_()
-    weights = render_weights(depths, rays_of(counts), 4)
+    weights = render_weights(depths, rays_of(counts))
     (gradient,) = torch.autograd.grad(weights[3:5].sum(), depths)
     assert (gradient[3:5].abs() > 1e-3).all()
     torch.testing.assert_close(gradient[:3], torch.zeros(3, dtype=torch.float64))
@@ -135,22 +135,22 @@ def test_gradients_stay_within_their_ray():
 def test_cutting_a_segment_in_two_changes_nothing(counts):
     depths, ray = random_depths(sum(counts)), rays_of(counts)
     halves = torch.stack((0.3 * depths, 0.7 * depths), dim=-1).flatten()
-    weights = render_weights(halves, ray.repeat_interleave(2), len(counts)).view(-1, 2).sum(dim=-1)
-    torch.testing.assert_close(weights, render_weights(depths, ray, len(counts)))
+    weights = render_weights(halves, ray.repeat_interleave(2)).view(-1, 2).sum(dim=-1)
+    torch.testing.assert_close(weights, render_weights(depths, ray))
 
 
 def test_samples_of_empty_space_change_nothing():
     depths, ray = random_depths(8), rays_of((3, 1, 4))
     with_gaps = torch.stack((depths, torch.zeros_like(depths)), dim=-1).flatten()
-    weights = render_weights(with_gaps, ray.repeat_interleave(2), 3)
+    weights = render_weights(with_gaps, ray.repeat_interleave(2))
     assert (weights[1::2] == 0).all()
-    torch.testing.assert_close(weights[::2], render_weights(depths, ray, 3))
+    torch.testing.assert_close(weights[::2], render_weights(depths, ray))
 
 
 @pytest.mark.parametrize("num_rays", [0, 1, 5])
 def test_weights_of_no_samples(num_rays):
     depths = torch.zeros(0, requires_grad=True)
-    weights = render_weights(depths, torch.zeros(0, dtype=torch.int64), num_rays)
+    weights = render_weights(depths, torch.zeros(0, dtype=torch.int64))
     assert weights.shape == (0,) and weights.dtype == torch.float32
     weights.sum().backward()
     assert depths.grad.shape == (0,)
@@ -158,9 +158,9 @@ def test_weights_of_no_samples(num_rays):
 
 def test_weights_need_a_ray_for_each_sample():
     with pytest.raises(TypeCheckError):
-        render_weights(torch.zeros(3), torch.zeros(2, dtype=torch.int64), 1)
+        render_weights(torch.zeros(3), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(TypeCheckError):
-        render_weights(torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64), 1)
+        render_weights(torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64))
 
 
 # --- shared colours
@@ -211,7 +211,7 @@ SAMPLES = [(40, 0, 33, 1, 90), (1,), (0, 0, 5), (200,)]
 def test_shared_colours_equal_a_loop(counts, least, most, varying):
     for seed in range(3):
         samples, weights = random_samples(counts, seed=seed, varying=varying)
-        found = share_colours(samples, weights, len(counts), least, most)
+        found = share_colours(samples, weights, least, most)
         expected = shared_by_a_loop(samples, weights, least, most)
         assert found.ray.tolist() == [ray for ray, _ in expected]
         shares = [sum(float(weights[i]) for i in members) for _, members in expected]
@@ -226,7 +226,7 @@ def test_shared_colours_equal_a_loop(counts, least, most, varying):
 def test_shared_colours_keep_mass_and_centre():
     """So a colour that is linear in space is rendered exactly."""
     samples, weights = random_samples((60, 50))
-    found = share_colours(samples, weights, 2, 0.0, 0.1)
+    found = share_colours(samples, weights, 0.0, 0.1)
     assert len(found.ray) < 0.8 * len(weights)
 
     def moments(ray, masses, points):
@@ -241,7 +241,7 @@ def test_shared_colours_keep_mass_and_centre():
 def test_gradients_of_shares_reach_every_weight():
     samples, weights = random_samples((30, 20))
     weights.requires_grad_()
-    found = share_colours(samples, weights, 2, 1e-3, 0.1)
+    found = share_colours(samples, weights, 1e-3, 0.1)
     colours = torch.rand(len(found.ray), dtype=torch.float64)
     (gradient,) = torch.autograd.grad((found.shares * colours).sum(), weights)
     expected = torch.zeros_like(weights)
@@ -256,16 +256,16 @@ def test_gradients_of_shares_reach_every_weight():
 def test_what_is_no_number_shares_with_nobody():
     samples, weights = random_samples((30, 20))
     weights[[3, 35]] = 0
-    expected = share_colours(samples, weights, 2, 0.0, 0.1)
+    expected = share_colours(samples, weights, 0.0, 0.1)
     weights[[3, 35]] = torch.nan
-    for a, b in zip(share_colours(samples, weights, 2, 0.0, 0.1), expected, strict=True):
+    for a, b in zip(share_colours(samples, weights, 0.0, 0.1), expected, strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("num", [0, 7])
 def test_no_weight_no_colour(num):
     samples, _ = random_samples((num,))
-    found = share_colours(samples, torch.zeros(num, dtype=torch.float64), 1, 0.0, 0.1)
+    found = share_colours(samples, torch.zeros(num, dtype=torch.float64), 0.0, 0.1)
     assert [len(part) for part in found] == [0, 0, 0] and found.points.shape == (0, 3)
 
 

@@ -535,7 +535,7 @@ directions = torch.nn.functional.normalize(torch.randn(5, 3), dim=-1)
 ends = torch.zeros(5, 1), torch.ones(5, 1)
 samples = march(origins, directions, *ends, 0.1, 20, OccupancyGrid(), None)
 depth = field.density(spatial, samples.points) * samples.lengths
-weights = render_weights(depth, samples.ray, 5)
+weights = render_weights(depth, samples.ray)
 colours = field.colour(spatial, samples.points, directions[samples.ray])
 image = torch.zeros(5, 3).index_add(0, samples.ray, weights[:, None] * colours)
 image.sum().backward()

@@ -109,6 +109,19 @@ def test_both_backends_march_alike(size, jittered):
     assert torch.equal(found.points, expected.points)
 
 
+@pytest.mark.parametrize("places", [1, 3 * NUM_STEPS, 7 * NUM_STEPS + 1, 60 * NUM_STEPS])
+def test_marching_a_few_rays_at_a_time_changes_nothing(monkeypatch, places):
+    rays, grid = random_rays(60), occupancy(random_cells(5, 7, 4, fraction=0.5))
+    jitter = torch.rand(60, 1, generator=torch.Generator().manual_seed(3))
+    with native.disabled():
+        expected = march(*rays, STEP, NUM_STEPS, grid, jitter)
+        monkeypatch.setattr(sampling, "_PLACES", places)
+        found = march(*rays, STEP, NUM_STEPS, grid, jitter)
+    assert len(expected.ray) > 200
+    assert all(torch.equal(a, b) for a, b in zip(found[:2], expected[:2], strict=True))
+    assert torch.equal(found.points, expected.points)
+
+
 @pytest.mark.usefixtures("backend")
 def test_march_by_hand():
     origins, directions = torch.tensor([[0.0, -1.0, 0.0]]), torch.tensor([[0.0, 1.0, 0.0]])
