@@ -172,6 +172,9 @@ class MaskedWaveletModel(Model):
                 "The checkpoint does not fit the configured model (planes, components, transform, "
                 f"levels, masks?); load it with the config.yml of its own run. {error}"
             ) from error
+        if self.config.mask_penalty != "rate":  # what another penalty may have left
+            for grid in self.field.grids().values():
+                grid.set_prices(None)
         self.refresh()
         return result
 

@@ -308,9 +308,12 @@ class CoefficientGrid(nn.Module):
         is_here = prefix + "size" in state_dict
         if is_here:
             self._size = tuple(state_dict[prefix + "size"].tolist())
-            # Earlier checkpoints have none: all levels have that of the quantiser's bits.
-            largest = state_dict.setdefault(prefix + "largest", self.largest)
-            if self._largest is not None:
+            # Earlier checkpoints have none, and zeros are those of training without a quantiser:
+            # all levels have that of the quantiser's bits.
+            largest = state_dict.get(prefix + "largest")
+            if largest is None or self._largest is None or not largest.any():
+                state_dict[prefix + "largest"] = self.largest
+            else:
                 self._largest = tuple(largest.tolist())
         for name, parameters in (("coefficients", self.coefficients), ("logits", self.logits)):
             for index, parameter in enumerate(parameters):

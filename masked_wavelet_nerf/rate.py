@@ -70,7 +70,12 @@ def suited_integers(
         sensitivities: mean squared error of pixels that a unit of squared error costs: h.
         weight: mean squared error that a bit is worth.
         most: where nothing is gained by more.
+
+    Raises:
+        ValueError: if ``weight`` is not above zero: no step is too fine, then.
     """
+    if not weight > 0:
+        raise ValueError(f"weight: expected above 0, got {weight}")
     wanted = extremes * (sensitivities * math.log(2) / (6 * weight)).sqrt()
     return [int(q) for q in wanted.round().clamp(1, most).tolist()]
 

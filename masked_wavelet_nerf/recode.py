@@ -18,9 +18,9 @@ from masked_wavelet_nerf.runs import Run, evaluate
 _VIEWS = 32
 _PIXELS = 1 << 18
 """Of all views, at most, about: larger ones are made smaller."""
-_LOWEST, _HIGHEST = 1e-13, 1e-8
+_LOWEST, _HIGHEST = 1e-13, 1e-5
 """Mean squared error that a bit may be worth: from hardly any effect to ruin."""
-_ROUNDS = 10
+_ROUNDS = 12
 
 
 def coarsen(run: Run, allowed_loss: float) -> float:
@@ -44,7 +44,10 @@ def coarsen(run: Run, allowed_loss: float) -> float:
             f"({run.missing})"
         )
     if run.model.config.bits is None:
-        raise UserError("--allowed-loss: this run was trained without a quantiser (bits None)")
+        raise UserError(
+            "--allowed-loss: this run was trained without a quantiser (bits None), whose steps "
+            "could grow; export it without, or train with --pipeline.model.bits 8"
+        )
     pipeline, model = run.pipeline, run.model
     datamanager = pipeline.datamanager
     assert isinstance(datamanager, VanillaDataManager) and datamanager.eval_dataset is not None
@@ -68,7 +71,7 @@ def coarsen(run: Run, allowed_loss: float) -> float:
         CONSOLE.log(f"A bit worth {bit_weight:.1e} of squared error costs {loss:.4f} dB.")
         return loss
 
-    low, high, found = math.log(_LOWEST), math.log(_HIGHEST), 0.0
+    low, high, found = math.log(_LOWEST), math.log(_HIGHEST), None
     for _ in range(_ROUNDS):
         middle = (low + high) / 2
         loss = loss_at(math.exp(middle))
@@ -77,7 +80,11 @@ def coarsen(run: Run, allowed_loss: float) -> float:
             continue
         low, found = middle, loss
         if loss > 0.8 * allowed_loss:
-            break
-    else:
-        found = loss_at(math.exp(low))
-    return found
+            return loss
+    if found is None:
+        CONSOLE.log("Even the smallest steps up cost more than is allowed: steps stay as trained.")
+        for name, grid in model.field.grids().items():
+            grid.set_largest(trained[name])
+        model.refresh()
+        return 0.0
+    return loss_at(math.exp(low))

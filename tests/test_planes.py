@@ -440,6 +440,10 @@ def test_an_empty_level_keeps_its_quantiser():
     plain = CoefficientGrid(torch.zeros(3, 7, 13), transform(), None, True)
     plain.load_integers(grid.integers(8), (7, 13))
     assert plain.largest.tolist() == [0, 0, 0]
+    # The other way: what was trained without a quantiser gets that of the grid it is loaded into.
+    other.load_state_dict(plain.state_dict())
+    assert other.largest.tolist() == [100, 127, 1]
+    assert all(bool(shown.isfinite().all()) for shown in other()[:1])
     assert torch.equal(plain()[0], grid()[0])
 
 

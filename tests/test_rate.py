@@ -109,6 +109,8 @@ def test_suited_integers_stay_within_one_and_the_most():
     extremes = torch.tensor([1.0, 1.0, 1e-6, 1.0, 1e6])
     sensitivities = torch.tensor([1e9, 0.0, 1.0, 1e-30, 1e30])
     assert suited_integers(extremes, sensitivities, 1e-10, 127) == [127, 1, 1, 1, 127]
+    with pytest.raises(ValueError, match=r"weight: expected above 0, got 0\.0"):
+        suited_integers(extremes, sensitivities, 0.0, 127)
 
 
 def test_mean_does_not_depend_on_the_grid_size():

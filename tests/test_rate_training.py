@@ -116,6 +116,17 @@ def test_checkpoints_from_before_rates_load(tiny_config, train, start):
     assert float(fresh.rate.scale) == 1
 
 
+def test_prices_end_with_the_penalty_that_used_them(tiny_config, train, start):
+    """Compiled loops and plain torch agree on what "sum" is, whatever the checkpoint holds."""
+    trainer, _ = train(tiny_config("priced", steps=15, **RATES))
+    state = trainer.pipeline.model.state_dict()
+    assert any(".price_" in name for name in state)
+    for penalty, expected in (("rate", True), ("sum", False)):
+        model = start(tiny_config(penalty, **{**RATES, "mask_penalty": penalty})).pipeline.model
+        model.load_state_dict(state)
+        assert all(bool(grid.prices) == expected for grid in model.field.grids().values())
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

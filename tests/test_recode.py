@@ -36,11 +36,7 @@ def psnr(run: Run) -> float:
     return evaluate(run.pipeline).psnr
 
 
-def test_a_larger_allowance_gives_fewer_bytes_and_no_larger_loss_than_allowed(
-    tiny_config, train, monkeypatch
-):
-    # Of a tiny scene's few bits each may be worth more.
-    monkeypatch.setattr(recode, "_HIGHEST", 1e-5)
+def test_a_larger_allowance_gives_fewer_bytes_and_no_larger_loss_than_allowed(tiny_config, train):
     trainer, _ = train(tiny_config(steps=30))
     run = run_of(trainer)
     parts = run.model.field.grids()
@@ -92,6 +88,19 @@ def test_the_coarsest_steps_before_a_cliff_are_found(tiny_config, start, monkeyp
             grid.set_largest(trained[name])
 
 
+def test_steps_stay_as_trained_where_any_change_costs_too_much(tiny_config, start, monkeypatch):
+    run = run_of(start(tiny_config()))
+    real, trained = evaluate(run.pipeline), largest(run)
+
+    def fallen(*_):
+        return dataclasses.replace(real, psnr=30.0 if largest(run) == trained else 20.0)
+
+    monkeypatch.setattr(recode, "evaluate", fallen)
+    monkeypatch.setattr(recode, "_LOWEST", 1e-9)
+    assert recode.coarsen(run, 0.5) == 0
+    assert largest(run) == trained
+
+
 def test_large_views_are_made_smaller(tiny_config, start, monkeypatch):
     run, asked = run_of(start(tiny_config())), []
 
@@ -109,7 +118,7 @@ def test_large_views_are_made_smaller(tiny_config, start, monkeypatch):
 
 def test_what_is_needed_is_said(tiny_config, start):
     run = run_of(start(tiny_config(bits=None)))
-    with pytest.raises(UserError, match=r"--allowed-loss: .* without a quantiser"):
+    with pytest.raises(UserError, match=r"without a quantiser .*model.bits 8"):
         recode.coarsen(run, 0.1)
     run = dataclasses.replace(run, pipeline=None, missing="no transforms.json")
     with pytest.raises(UserError, match=r"needs the capture, .*--data.*\(no transforms.json\)"):
