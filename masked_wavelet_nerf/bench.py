@@ -52,14 +52,14 @@ class Bench:
     """Stop training after so many steps, to see that a preset starts on this machine."""
     eval_views: int | None = None
     """Evaluate so many test views only, evenly spread."""
-    eval_downscale: int = 1
-    """Evaluate pictures so many times smaller than the photos."""
+    eval_stride: int = 1
+    """Evaluate one of so many rows and columns: quicker, about the same PSNR, another SSIM."""
     json: bool = False
     """Print the row as JSON on standard output; progress goes to standard error."""
 
     def main(self) -> None:
         """Run, and print the row."""
-        for name in ("steps", "eval_views", "eval_downscale"):
+        for name in ("steps", "eval_views", "eval_stride"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 flag = name.replace("_", "-")
@@ -80,7 +80,7 @@ class Bench:
                     profile=self.profile,
                     flags=flags,
                     num_views=self.eval_views,
-                    downscale=self.eval_downscale,
+                    stride=self.eval_stride,
                 )
                 row["seed"] = self.seed
         if self.json:
@@ -99,7 +99,7 @@ def run_preset(
     profile: ProfileName = "range",
     flags: list[str] | None = None,
     num_views: int | None = None,
-    downscale: int = 1,
+    stride: int = 1,
 ) -> tuple[dict[str, Any], codec.Description]:
     """Trains, evaluates, exports, decodes and evaluates again.
 
@@ -117,7 +117,7 @@ def run_preset(
     run = open_run(config_path, data)
     if run.pipeline is None:
         raise BenchError(f"{data}: the capture cannot be read: {run.missing}")
-    before = evaluate(run.pipeline, num_views, downscale)
+    before = evaluate(run.pipeline, num_views, stride)
 
     start = time.perf_counter()
     path, description = export_run(
@@ -133,7 +133,7 @@ def run_preset(
     decode_seconds = time.perf_counter() - start
     decoded = open_run(write_run(scene, output_dir / "decoded", data), data)
     assert decoded.pipeline is not None
-    after = evaluate(decoded.pipeline, num_views, downscale)
+    after = evaluate(decoded.pipeline, num_views, stride)
 
     steps = run.step + 1
     row = {
@@ -156,7 +156,7 @@ def run_preset(
         "train_peak_bytes": peak_bytes(resource.RUSAGE_CHILDREN),
         "render_peak_bytes": peak_bytes(resource.RUSAGE_SELF),
         "views": before.num_views,
-        "eval_downscale": downscale,
+        "eval_stride": stride,
         "threads": threads,
         "device": str(run.model.device),
         "version": __version__,

@@ -17,7 +17,7 @@ from masked_wavelet_nerf.runs import Run, evaluate
 
 _VIEWS = 32
 _PIXELS = 1 << 18
-"""Of all views, at most, about: larger ones are made smaller."""
+"""Of all views, at most, about: of larger ones, every so many-th row and column."""
 _LOWEST, _HIGHEST = 1e-13, 1e-5
 """Mean squared error that a bit may be worth: from hardly any effect to ruin."""
 _ROUNDS = 12
@@ -26,7 +26,8 @@ _ROUNDS = 12
 def coarsen(run: Run, allowed_loss: float) -> float:
     """Gives the run's model the coarsest steps at which PSNR falls by no more than allowed.
 
-    PSNR is the mean of 32 evaluation views at most, made smaller where they are large.
+    PSNR is the mean of 32 evaluation views at most, of every so many-th row and column where they
+    are large.
 
     Args:
         run: an opened run, with its capture; its model is changed.
@@ -53,10 +54,10 @@ def coarsen(run: Run, allowed_loss: float) -> float:
     assert isinstance(datamanager, VanillaDataManager) and datamanager.eval_dataset is not None
     cameras = datamanager.eval_dataset.cameras
     pixels = float((cameras.width * cameras.height).max()) * min(_VIEWS, len(cameras))
-    downscale = max(1, math.ceil(math.sqrt(pixels / _PIXELS)))
+    stride = max(1, math.ceil(math.sqrt(pixels / _PIXELS)))
 
     def psnr() -> float:
-        return evaluate(pipeline, _VIEWS, downscale).psnr
+        return evaluate(pipeline, _VIEWS, stride).psnr
 
     before = psnr()
     trained = {name: grid.largest.tolist() for name, grid in model.field.grids().items()}

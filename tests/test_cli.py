@@ -305,26 +305,26 @@ def test_evaluation_at_a_fraction_of_the_size(bench, capture, monkeypatch):
     pipeline = runs.open_run(config, capture).pipeline
     assert pipeline is not None
     dataset = pipeline.datamanager.eval_dataset
-    photo = dataset[0]["image"][..., :3].numpy()
-    blocks = photo.reshape(8, 3, 8, 3, 3).mean(axis=(1, 3))
+    some = dataset[0]["image"][1::3, 1::3, :3]
     seen = []
 
-    def truth(camera):
-        seen.append(camera)
-        off = torch.from_numpy(blocks) + 0.1
-        return {"rgb": off, "accumulation": torch.ones(8, 8, 1), "depth": torch.ones(8, 8, 1)}
+    def truth(rays):
+        seen.append(rays)
+        nothing = torch.ones(8, 8, 1)
+        return {"rgb": some + 0.1, "accumulation": nothing, "depth": nothing}
 
-    monkeypatch.setattr(pipeline.model, "get_outputs_for_camera", truth)
-    found = runs.evaluate(pipeline, num_views=1, downscale=3)
+    monkeypatch.setattr(pipeline.model, "get_outputs_for_camera_ray_bundle", truth)
+    found = runs.evaluate(pipeline, num_views=1, stride=3)
     assert found.num_views == 1
     assert found.psnr == pytest.approx(20, abs=1e-3)
-    (camera,) = seen
-    assert (int(camera.width), int(camera.height)) == (8, 8)
-    assert float(camera.fx) == pytest.approx(float(dataset.cameras.fx[0]) / 3)
-    assert int(dataset.cameras.width[0]) == 24
+    (rays,) = seen
+    expected = dataset.cameras.generate_rays(camera_indices=0).directions[1::3, 1::3]
+    assert torch.equal(rays.directions, expected)
+    monkeypatch.undo()
+    assert runs.evaluate(pipeline, num_views=1, stride=100).psnr > 0  # of one pixel
 
 
-@pytest.mark.parametrize("flag", ["steps", "eval-views", "eval-downscale"])
+@pytest.mark.parametrize("flag", ["steps", "eval-views", "eval-stride"])
 def test_bench_refuses_less_than_one(flag, tmp_path, capsys):
     assert cli.main(["bench", "p.toml", "--data", str(tmp_path), f"--{flag}", "0"]) == 2
     assert f"--{flag} 0: expected 1 or more" in capsys.readouterr().err

@@ -101,11 +101,11 @@ def test_steps_stay_as_trained_where_any_change_costs_too_much(tiny_config, star
     assert largest(run) == trained
 
 
-def test_large_views_are_made_smaller(tiny_config, start, monkeypatch):
+def test_of_large_views_fewer_pixels_are_asked(tiny_config, start, monkeypatch):
     run, asked = run_of(start(tiny_config())), []
 
-    def same(pipeline, num_views, downscale):
-        asked.append((num_views, downscale))
+    def same(pipeline, num_views, stride):
+        asked.append((num_views, stride))
         return dataclasses.replace(found)
 
     found = evaluate(run.pipeline)
