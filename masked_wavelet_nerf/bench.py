@@ -21,7 +21,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 
 import masked_wavelet_codec as codec
 from masked_wavelet_nerf import __version__, report
-from masked_wavelet_nerf.clock import peak_bytes
+from masked_wavelet_nerf.clock import device_name, peak_bytes
 from masked_wavelet_nerf.errors import UserError
 from masked_wavelet_nerf.export import ProfileName, export_run
 from masked_wavelet_nerf.presets import Preset, load_preset
@@ -158,7 +158,7 @@ def run_preset(
         "views": before.num_views,
         "eval_stride": stride,
         "threads": threads,
-        "device": str(run.model.device),
+        "device": device_name(run.model.device),
         "version": __version__,
         "torch": torch.__version__,
         "command": command,

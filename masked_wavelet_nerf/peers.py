@@ -63,7 +63,7 @@ from rich.table import Table
 
 import masked_wavelet_codec as codec
 from masked_wavelet_nerf import __version__
-from masked_wavelet_nerf.clock import now, peak_bytes
+from masked_wavelet_nerf.clock import device_name, now, peak_bytes
 from masked_wavelet_nerf.config import MaskedWaveletModelConfig
 from masked_wavelet_nerf.errors import UserError
 from masked_wavelet_nerf.export import export_run
@@ -396,7 +396,7 @@ def run_job(job: Job) -> dict[str, Any]:
         "peak_gpu_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
         "views": rendered.num_views,
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if on_gpu else job.device,
+        "device": device_name(torch.device(job.device)),
         "seed": job.seed,
         "version": __version__,
         "torch": torch.__version__,

@@ -1,0 +1,1 @@
+"""Data parsers of nerfstudio for captures that it cannot read itself."""
