@@ -99,7 +99,7 @@ def counts_of(
         places=places,
         density_samples=density_samples,
         coloured_samples=coloured_samples,
-        coefficients=sum(p.numel() for grid in grids for p in grid.coefficients),
+        coefficients=sum(map(sum, field.num_coefficients())),
         transform_operations=sum(
             transform_operations(grid.transform, grid.coefficients[0].shape[0], grid.spatial_size)
             for grid in grids

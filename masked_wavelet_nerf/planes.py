@@ -475,6 +475,11 @@ def to_spatial(
         and the sum of all logits, times their prices, where it costs nothing.
     """
     members = [member for grid in grids for member in grid.grids]
+
+    def all_forward() -> list[Tensor]:
+        each = [member(num_levels, threshold) for member in members]
+        return [*itertools.chain(*zip(*each, strict=True))]
+
     served = [bands for member in members if (bands := member.compiled(num_levels)) is not None]
     if len(served) == len(members):
         parameters = [p for bands in served for p in (*bands.values, *bands.logits)]
@@ -484,15 +489,12 @@ def to_spatial(
 
         def compute(*_: Tensor) -> tuple[Tensor, ...]:
             penalties = [mask_penalty(list(m.logits), "rate", m.prices) for m in members]
-            each = [member(num_levels, threshold) for member in members]
-            return torch.stack(penalties).sum(), *itertools.chain(*zip(*each, strict=True))
+            return torch.stack(penalties).sum(), *all_forward()
 
         settings = num_levels, threshold, tuple(member.settings() for member in members)
         logit_sum, *found = recording.run(compute, parameters, settings)
     else:
-        logit_sum = None
-        each = [member(num_levels, threshold) for member in members]
-        found = [*itertools.chain(*zip(*each, strict=True))]
+        logit_sum, found = None, all_forward()
     spatial, kept = iter(found[: len(members)]), iter(found[len(members) :])
     by_grid = [
         (

@@ -59,33 +59,33 @@ def coarsen(run: Run, allowed_loss: float) -> float:
     def psnr() -> float:
         return evaluate(pipeline, _VIEWS, stride).psnr
 
-    before = psnr()
-    trained = {name: grid.largest.tolist() for name, grid in model.field.grids().items()}
-    sensitivities = model.measure_sensitivity(lambda draw: datamanager.next_train(draw)[0])
+    def steps() -> list[list[int]]:
+        return [grid.largest.tolist() for grid in grids]
 
-    def loss_at(bit_weight: float) -> float:
-        model.suit_quantiser(sensitivities, bit_weight)
-        for name, grid in model.field.grids().items():  # never finer than in training
-            grid.set_largest(list(map(min, grid.largest.tolist(), trained[name])))
+    def take(largest: list[list[int]]) -> None:
+        for grid, of_grid in zip(grids, largest, strict=True):
+            grid.set_largest(of_grid)
         model.refresh()
-        loss = before - psnr()
-        CONSOLE.log(f"A bit worth {bit_weight:.1e} of squared error costs {loss:.4f} dB.")
-        return loss
 
-    low, high, found = math.log(_LOWEST), math.log(_HIGHEST), None
+    grids = list(model.field.grids().values())
+    before, trained = psnr(), steps()
+    sensitivities = model.measure_sensitivity(lambda draw: datamanager.next_train(draw)[0])
+    best, best_loss = trained, 0.0
+    low, high = math.log(_LOWEST), math.log(_HIGHEST)
     for _ in range(_ROUNDS):
         middle = (low + high) / 2
-        loss = loss_at(math.exp(middle))
+        model.suit_quantiser(sensitivities, math.exp(middle))
+        # Never finer than in training.
+        take([list(map(min, a, b)) for a, b in zip(steps(), trained, strict=True)])
+        loss = before - psnr()
+        CONSOLE.log(f"A bit worth {math.exp(middle):.1e} of squared error costs {loss:.4f} dB.")
         if loss > allowed_loss:
             high = middle
             continue
-        low, found = middle, loss
+        low, best, best_loss = middle, steps(), loss
         if loss > 0.8 * allowed_loss:
-            return loss
-    if found is None:
+            break
+    if best is trained:
         CONSOLE.log("Even the smallest steps up cost more than is allowed: steps stay as trained.")
-        for name, grid in model.field.grids().items():
-            grid.set_largest(trained[name])
-        model.refresh()
-        return 0.0
-    return loss_at(math.exp(low))
+    take(best)
+    return best_loss
