@@ -91,8 +91,9 @@ class MaskedWaveletModelConfig(ModelConfig):
     and in the file; None keeps floats, four times as large."""
     network_rounding_step: int = 15000
     """Step from which training computes with those integers, too: matters below 8 bits."""
-    density_shift: float = -10.0
-    """Density = softplus(features + shift): how empty the scene starts."""
+    density_shift: float = -4.0
+    """Density = softplus(features + shift): how empty the scene starts. Unbounded scenes start as
+    thin fog, or rays would learn from what is nearest and farthest; bounded ones (-10) empty."""
     distance_scale: float = 25.0
     """Factor on the distance between samples, as in TensoRF."""
 
@@ -105,7 +106,7 @@ class MaskedWaveletModelConfig(ModelConfig):
     upsample_steps: tuple[int, ...] = (2000, 3000, 4000, 5500, 7000)
     """Steps at which the planes are upsampled, by equal factors. Optimisers restart there."""
     occupancy_steps: tuple[int, ...] = (2000, 4000, 6000, 11000, 16000, 21000, 26000)
-    """Steps at which empty space is looked for, to be skipped from then on."""
+    """Bounded scenes: steps at which empty space is looked for, to be skipped from then on."""
     occupancy_resolution: int = 256
     """Most occupancy nodes along an axis."""
     occupancy_threshold: float = 1e-3
@@ -121,8 +122,14 @@ class MaskedWaveletModelConfig(ModelConfig):
     """Distance from the camera at which sampling ends in training."""
     step_ratio: float = 0.5
     """Bounded scenes: distance between samples, in voxels."""
-    num_samples: int = 192
-    """Unbounded scenes: samples along a ray, half of them within a distance of 1."""
+    num_samples: int = 48
+    """Unbounded scenes: samples along a ray, placed where a coarse level of the planes has density
+    and a few everywhere."""
+    num_proposal_bins: int = 96
+    """Unbounded scenes: bins along a ray in which that density is looked up, half of them within a
+    distance of 1."""
+    proposal_resolution: int = 64
+    """Unbounded scenes: texels per side of that coarse level."""
     colour_weight_threshold: float = 1e-4
     """Training: samples of no more weight in their pixel get no colour; they darken it a little,
     which clears empty space."""
@@ -136,9 +143,13 @@ class MaskedWaveletModelConfig(ModelConfig):
     """Colour behind the scene; random trains against a random one and renders over black."""
 
     l1_weight_initial: float = 8e-5
-    """Weight of the mean absolute value of the density planes until the first occupancy step."""
+    """Weight of the mean absolute value of the density planes; in bounded scenes until the first
+    occupancy step."""
     l1_weight: float = 4e-5
-    """The same weight afterwards."""
+    """Bounded scenes: the same weight afterwards."""
+    distortion_weight: float = 0.01
+    """Unbounded scenes: weight of the distortion loss, which draws a ray's samples together and
+    clears fog (mip-NeRF 360)."""
     tv_weight_density: float = 0.0
     """Weight of the total variation of the density planes, taken in the spatial domain."""
     tv_weight_appearance: float = 0.0

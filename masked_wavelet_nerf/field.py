@@ -164,6 +164,11 @@ class WaveletPlaneField(nn.Module):
         features = self.density_grid.summed_features(spatial.density, points)
         return F.softplus(features + self.config.density_shift)
 
+    def density_at_nodes(self, spatial: SpatialField, size: int) -> Float[Tensor, "size size size"]:
+        """Density at the nodes (x, y, z) of a regular grid over [-1, 1]³, by a coarse level."""
+        features = self.density_grid.sums_at_nodes(spatial.density, size)
+        return F.softplus(features + self.config.density_shift)
+
     def colour(
         self,
         spatial: SpatialField,

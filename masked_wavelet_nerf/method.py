@@ -71,6 +71,7 @@ masked_wavelet_bounded = MethodSpecification(
         BlenderDataParserConfig(),
         MaskedWaveletModelConfig(
             contract=False,
+            density_shift=-10.0,
             background_color="white",
             near_plane=2.0,
             far_plane=6.0,

@@ -23,8 +23,6 @@ from nerfstudio.engine.callbacks import (
     TrainingCallbackAttributes,
     TrainingCallbackLocation,
 )
-from nerfstudio.field_components.spatial_distortions import SceneContraction
-from nerfstudio.model_components.ray_samplers import UniformLinDispPiecewiseSampler
 from nerfstudio.model_components.renderers import RGBRenderer
 from nerfstudio.model_components.scene_colliders import AABBBoxCollider, NearFarCollider
 from nerfstudio.models.base_model import Model
@@ -35,7 +33,7 @@ from nerfstudio.viewer_legacy.server.viewer_utils import IOChangeException
 from torch import Tensor
 from torch.nn import Parameter
 
-from masked_wavelet_nerf import accelerators, native, sensitivity, threads
+from masked_wavelet_nerf import accelerators, native, sensitivity, threads, unbounded
 from masked_wavelet_nerf.config import MaskedWaveletModelConfig
 from masked_wavelet_nerf.errors import UserError
 from masked_wavelet_nerf.field import SpatialField, WaveletPlaneField
@@ -43,13 +41,13 @@ from masked_wavelet_nerf.masking import largest_integer
 from masked_wavelet_nerf.metrics import ImageMetrics
 from masked_wavelet_nerf.rate import mask_penalty, suited_integers
 from masked_wavelet_nerf.rate_control import RateControl
+from masked_wavelet_nerf.region import region_of_interest
 from masked_wavelet_nerf.sampling import (
     OccupancyGrid,
     PackedSamples,
     SharedColours,
     composite,
     march,
-    pack,
 )
 
 _RAYS_PER_CHUNK = 1 << 14
@@ -85,17 +83,16 @@ class MaskedWaveletModel(Model):
         config = self.config
         self.register_buffer("aabb", self.scene_box.aabb.clone().float())
         if config.contract:
-            # The contraction maps all of space to [-2, 2]³: that is the cube of the planes.
-            self.aabb.copy_(torch.tensor([[-2.0] * 3, [2.0] * 3]))
-        self.contraction = SceneContraction(order=float("inf")) if config.contract else None
+            self._set_region(self.aabb.clone())
         self.field = WaveletPlaneField(
             config.field_config(), self._resolution(config.initial_resolution)
         )
         self.occupancy = OccupancyGrid()
-        self.sampler = UniformLinDispPiecewiseSampler(num_samples=config.num_samples)
         self.renderer_rgb = RGBRenderer(background_color=config.background_color)
         self.image_metrics = ImageMetrics()
         self._spatial: SpatialField | None = None
+        self._proposal_of_spatial: unbounded.Proposal | None = None
+        self._has_distortion = config.contract and config.distortion_weight > 0
         self.rate = RateControl(
             self.field, self.occupancy, self.num_train_data, config.target_bytes
         )
@@ -136,7 +133,7 @@ class MaskedWaveletModel(Model):
         return self
 
     def _forget_spatial(self, _: object = None) -> None:
-        self._spatial = None
+        self._spatial = self._proposal_of_spatial = None
 
     def spatial(self) -> SpatialField:
         """The grids in the spatial domain: anew in every training step, kept in evaluation."""
@@ -204,42 +201,60 @@ class MaskedWaveletModel(Model):
         self._step_size = config.step_ratio * sum(voxels) / 3
         self._num_steps = math.ceil(math.hypot(*extent) / self._step_size) + 1
 
+    def _set_region(self, region: Float[Tensor, "2 3"]) -> None:
+        """Unbounded scenes: what is not contracted; the planes' box is twice as wide, and all."""
+        centre = region.mean(dim=0)
+        self.aabb.copy_(centre + 2 * (region - centre))
+        self._on_box_changed()
+
     def grid_points(self, positions: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*batch 3"]:
         """World positions to points in [-1, 1]³ of the planes."""
-        if self.contraction is not None:
-            return self.contraction(positions) / 2
+        if self.config.contract:
+            centre, half = self._region()
+            return unbounded.contract((positions - centre) / half)
         return (positions - self.aabb[0]) * (2 / (self.aabb[1] - self.aabb[0])) - 1
 
-    def _sample_length(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, " N"] | float:
-        """World length of a sample at grid points, as seen from the middle of the scene."""
-        if self.contraction is None:
-            return self._step_size
-        # The sampler's spacing is uniform up to distance 1 and grows with its square beyond.
-        contracted = 2 * points.abs().amax(dim=-1)
-        distance = 1 / (2 - contracted).clamp(min=1 / self.config.far_plane, max=1)
-        return distance.square() * (2 / self.config.num_samples)
+    def _region(self) -> tuple[Float[Tensor, " 3"], Float[Tensor, " 3"]]:
+        """Middle of what is not contracted, and half of its extent."""
+        return self.aabb.mean(dim=0), (self.aabb[1] - self.aabb[0]) / 4
 
     # --- rendering --------------------------------------------------------------------------------
 
-    def _samples(self, rays: RayBundle) -> PackedSamples:
+    def _proposal(self, spatial: SpatialField) -> unbounded.Proposal:
+        """Where unbounded scenes have density, by a coarse level: kept as long as the planes."""
+        if self.training or self._proposal_of_spatial is None:
+            with torch.no_grad():
+                nodes = self.field.density_at_nodes(spatial, self.config.proposal_resolution)
+                found = unbounded.proposal(nodes, self.config.num_proposal_bins)
+            if self.training:
+                return found
+            self._proposal_of_spatial = found
+        return self._proposal_of_spatial
+
+    def _samples(self, rays: RayBundle, spatial: SpatialField) -> PackedSamples:
         """Where rays are evaluated."""
         assert rays.nears is not None and rays.fars is not None
-        if self.config.contract:
-            samples = self.sampler(rays)
-            starts, ends = samples.frustums.starts[..., 0], samples.frustums.ends[..., 0]
-            middles = (starts + ends) / 2
-            points = self.grid_points(
-                rays.origins[:, None] + rays.directions[:, None] * middles[..., None]
+        config = self.config
+        jitter = torch.rand_like(rays.nears) if self.training else None
+        if config.contract:
+            centre, half = self._region()
+            return unbounded.propose(
+                (rays.origins - centre) / half,
+                rays.directions / half,
+                rays.nears,
+                rays.fars,
+                config.distance_scale,
+                self._proposal(spatial),
+                config.num_samples,
+                jitter,
             )
-            return pack(middles, ends - starts, points, self.occupancy(points))
-        fars, num_steps, jitter = rays.fars, self._num_steps, None
+        fars, num_steps = rays.fars, self._num_steps
         if self.training:
             # Near and far bound training only, as in nerfstudio: a viewer may come as close, and go
             # as far, as it likes.
-            near_plane, far_plane = self.config.near_plane, self.config.far_plane
-            fars = fars.clamp(max=far_plane)
-            num_steps = min(num_steps, math.ceil((far_plane - near_plane) / self._step_size))
-            jitter = torch.rand_like(rays.nears)
+            fars = fars.clamp(max=config.far_plane)
+            length = config.far_plane - config.near_plane
+            num_steps = min(num_steps, math.ceil(length / self._step_size))
         return self._march(rays, fars, self._step_size, num_steps, self.occupancy, jitter)
 
     def _march(
@@ -259,12 +274,13 @@ class MaskedWaveletModel(Model):
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Renders rays: rgb in [0, 1], accumulation, and expected depth along the ray."""
         spatial = self.spatial()
-        samples, config = self._samples(ray_bundle), self.config
+        samples, config = self._samples(ray_bundle, spatial), self.config
         density = self.field.density(spatial, samples.points)
         optical_depth = density * (samples.lengths * config.distance_scale)
         least = config.colour_weight_threshold if self.training else 0.0
-        accumulation, distance, colours = composite(
-            samples, optical_depth, len(ray_bundle), least, config.colour_mass
+        spacings = unbounded.spacings(samples) if self._has_distortion else None
+        accumulation, distance, distortion, colours = composite(
+            samples, optical_depth, len(ray_bundle), least, config.colour_mass, spacings
         )
         rgb = self._colour_of_rays(spatial, colours, accumulation, ray_bundle)
         outputs = {
@@ -273,7 +289,7 @@ class MaskedWaveletModel(Model):
             "depth": distance / accumulation.clamp(min=1e-6),
         }
         if self.training:
-            self._spatial_of_step = spatial
+            self._spatial_of_step, self._distortion_of_step = spatial, distortion
         return outputs
 
     def _colour_of_rays(
@@ -334,6 +350,8 @@ class MaskedWaveletModel(Model):
                 logits = self._grid_parameters("logits")
                 penalty = mask_penalty(logits, config.mask_penalty, prices)
             losses["mask_loss"] = config.mask_weight * self.rate.factor() * penalty
+        if self._has_distortion:
+            losses["distortion_loss"] = config.distortion_weight * self._distortion_of_step.mean()
         l1_weight = config.l1_weight if self.occupancy.is_known else config.l1_weight_initial
         if l1_weight > 0:
             grids = (*spatial.density.planes, *spatial.density.lines)
@@ -445,6 +463,7 @@ class MaskedWaveletModel(Model):
         else:
             accelerators.try_out(self.field.colour_network, self.device)
             CONSOLE.log(accelerators.status())
+        self._find_region(attributes)
         self._restrict_pixels(attributes)  # a resumed run goes on with the pixels it had
         config = self.config
         steps = {*config.occupancy_steps, *config.upsample_steps, *config.rate_steps}
@@ -462,6 +481,18 @@ class MaskedWaveletModel(Model):
             ),
             *self._steering(attributes),
         ]
+
+    def _find_region(self, attributes: TrainingCallbackAttributes) -> None:
+        """At the start of a training, where an unbounded scene is looked at."""
+        trainer, pipeline = attributes.trainer, attributes.pipeline
+        if not self.config.contract or trainer is None or trainer._start_step > 0:
+            return
+        dataset = pipeline.datamanager.train_dataset  # pyright: ignore[reportOptionalMemberAccess]
+        assert dataset is not None
+        region = region_of_interest(dataset.cameras, self.scene_box.aabb)
+        self._set_region(region.to(self.aabb))
+        corners = [", ".join(f"{x:.2f}" for x in corner) for corner in region.tolist()]
+        CONSOLE.log(f"Planes resolve most from ({corners[0]}) to ({corners[1]}).")
 
     def _steering(self, attributes: TrainingCallbackAttributes) -> list[TrainingCallback]:
         config = self.config
@@ -501,10 +532,10 @@ class MaskedWaveletModel(Model):
     @torch.no_grad()
     def _follow_schedule(self, attributes: TrainingCallbackAttributes, step: int) -> None:
         config = self.config
-        if step in config.occupancy_steps:
+        if step in config.occupancy_steps and not config.contract:
             first = not self.occupancy.is_known
             self.update_occupancy()
-            if first and config.shrink_box and not config.contract:
+            if first and config.shrink_box:
                 self.shrink_box()
                 self.update_occupancy()
                 self._forget_optimiser_state(attributes)
@@ -617,7 +648,7 @@ class MaskedWaveletModel(Model):
         spatial = self.field.to_spatial()
 
         def opacity(points: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
-            length = self._sample_length(points) * self.config.distance_scale
+            length = self._step_size * self.config.distance_scale
             return -torch.expm1(-self.field.density(spatial, points) * length)
 
         most = self.config.occupancy_resolution

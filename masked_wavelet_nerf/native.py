@@ -444,6 +444,35 @@ def occupied_samples(
     return ray, middles, points
 
 
+def proposed_samples(
+    origins: Float[Tensor, "R 3"],
+    directions: Float[Tensor, "R 3"],
+    start: Float[Tensor, "R 1"],
+    stop: Float[Tensor, "R 1"],
+    jitter: Float[Tensor, "R 1"],
+    density: Float[Tensor, "X X X"],
+    density_scale: float,
+    even_share: float,
+    num_bins: int,
+    num_samples: int,
+) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"], Float[Tensor, " N"], Float[Tensor, "N 3"]]:
+    """Ray, distance, length and point of the samples of ``unbounded.propose``."""
+    kernels = _kernels()
+    assert kernels is not None
+    num_rays = len(origins)
+    rays = [t.detach().contiguous().numpy() for t in (origins, directions)]
+    spacings = [_flat(t) for t in (start, stop, jitter)]
+    nodes = density.detach().contiguous().numpy()
+    middles, lengths = torch.empty(num_rays * num_samples), torch.empty(num_rays * num_samples)
+    points = torch.empty(num_rays * num_samples, 3)
+    numbers = np.float32(density_scale), np.float32(even_share / num_bins), num_bins, num_samples
+    outputs = middles.numpy(), lengths.numpy(), points.numpy()
+    arguments = *rays, *spacings, nodes, *numbers, *outputs
+    work = functools.partial(kernels.proposed_places, *arguments)
+    _split_range(work, num_rays, num_bins + num_samples)
+    return torch.arange(num_rays).repeat_interleave(num_samples), middles, lengths, points
+
+
 # --- volume rendering -----------------------------------------------------------------------------
 
 
@@ -453,10 +482,11 @@ class Composited(NamedTuple):
     shares: Float[Tensor, " M"]
     accumulation: Float[Tensor, " R"]
     distance: Float[Tensor, " R"]
+    distortion: Float[Tensor, " R"]
     ray: Int[Tensor, " M"]
     centres: Float[Tensor, "M 3"]
     kept: tuple[np.ndarray, ...]
-    """Middles, light, weights, groups, and where the samples of a ray start."""
+    """Middles, places, widths, light, weights, groups, and where the samples of a ray start."""
 
 
 def composite(
@@ -465,6 +495,7 @@ def composite(
     middles: Float[Tensor, " N"],
     lengths: Float[Tensor, " N"] | float,
     points: Float[Tensor, "N 3"],
+    spacings: tuple[Float[Tensor, " N"], Float[Tensor, " N"]] | None,
     num_rays: int,
     least: float,
     most: float,
@@ -477,10 +508,13 @@ def composite(
     bounds = np.searchsorted(_flat(ray), np.arange(num_rays + 1))
     light, weights = (np.empty(len(depths), np.float32) for _ in range(2))
     groups, counts = np.empty(len(depths), np.int64), np.empty(num_rays, np.int64)
-    sums = torch.empty(2, num_rays)
+    nowhere = np.empty(0, np.float32)
+    places, widths = (nowhere, nowhere) if spacings is None else map(_flat, spacings)
+    sums = torch.empty(3, num_rays)
     limits = np.float32(least), np.float32(most)
+    given = depths, where, sizes, places, widths, bounds, *limits
     filled = light, weights, groups, counts, *sums.numpy()
-    work = functools.partial(kernels.composite, depths, where, sizes, bounds, *limits, *filled)
+    work = functools.partial(kernels.composite, *given, *filled)
     width = max(1, len(depths) // max(num_rays, 1))
     _split_range(work, num_rays, width)
 
@@ -489,11 +523,12 @@ def composite(
     shares, centres = torch.zeros(num_groups), torch.zeros(num_groups, 3)
     of_ray = torch.empty(num_groups, dtype=torch.int64)
     filled = shares.numpy(), centres.numpy(), of_ray.numpy()
-    places = points.detach().contiguous().numpy()
-    work = functools.partial(kernels.share, weights, places, groups, bounds, offsets, *filled)
+    positions = points.detach().contiguous().numpy()
+    work = functools.partial(kernels.share, weights, positions, groups, bounds, offsets, *filled)
     _split_range(work, num_rays, width)
-    kept = where, light, weights, groups, bounds
-    return Composited(shares, sums[0], sums[1], of_ray, centres, kept)
+    kept = where, places, widths, light, weights, groups, bounds
+    accumulation, distance, distortion = sums
+    return Composited(shares, accumulation, distance, distortion, of_ray, centres, kept)
 
 
 def composite_backward(
@@ -501,12 +536,13 @@ def composite_backward(
     of_shares: Float[Tensor, " M"],
     of_accumulation: Float[Tensor, " R"],
     of_distance: Float[Tensor, " R"],
+    of_distortion: Float[Tensor, " R"],
 ) -> Float[Tensor, " N"]:
     """Gradient of the optical depths of :func:`composite`."""
     kernels = _kernels()
     assert kernels is not None
     out = torch.empty(len(kept[0]))
-    sums = torch.stack((of_accumulation, of_distance)).numpy()
+    sums = torch.stack((of_accumulation, of_distance, of_distortion)).numpy()
     num_rays = sums.shape[1]
     work = functools.partial(kernels.composite_backward, *kept, sums, _flat(of_shares), out.numpy())
     _split_range(work, num_rays, max(1, len(out) // max(num_rays, 1)))

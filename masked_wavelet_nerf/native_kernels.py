@@ -673,10 +673,91 @@ def pack_places(
 
 
 @_jit
+def _distance(spacing):
+    if spacing < _f32(0.5):
+        return _f32(2) * spacing
+    return _f32(0.5) / (_f32(1) - spacing)
+
+
+@_jit
+def _contracted(origins, directions, r, t):
+    x = origins[r, 0] + directions[r, 0] * t
+    y = origins[r, 1] + directions[r, 1] * t
+    z = origins[r, 2] + directions[r, 2] * t
+    largest = max(abs(x), abs(y), abs(z), _f32(1))
+    factor = (_f32(1) - _f32(0.5) / largest) / largest
+    return x * factor, y * factor, z * factor
+
+
+@_jit
+def proposed_places(
+    origins,
+    directions,
+    near,
+    far,
+    jitter,
+    density,
+    scale,
+    even,
+    num_bins,
+    num_samples,
+    middles,
+    lengths,
+    points,
+    start,
+    stop,
+):
+    """Distance, length and contracted point of the samples of rays ``start … stop - 1``.
+
+    ``near`` and ``far`` are spacings. Bins of the proposal look their density up at the node
+    nearest to their middle; samples lie between quantiles of its weights, ``even`` more in each.
+    """
+    last = len(density) - 1
+    half = _f32(last) * _f32(0.5)
+    sums = np.empty(num_bins + 1, np.float32)
+    for r in range(start, stop):
+        first, extent = near[r], far[r] - near[r]
+        begin = _distance(first)
+        depth, total = _f32(0), _f32(0)
+        sums[0] = 0
+        for i in range(num_bins):
+            end = _distance(first + extent * (_f32(i + 1) / _f32(num_bins)))
+            x, y, z = _contracted(origins, directions, r, (begin + end) * _f32(0.5))
+            # As numbers, before they become indices: NaN has none.
+            x, y, z = np.rint((x + 1) * half), np.rint((y + 1) * half), np.rint((z + 1) * half)
+            opacity = _f32(0)
+            if 0 <= x <= last and 0 <= y <= last and 0 <= z <= last:
+                here = density[np.int64(x), np.int64(y), np.int64(z)] * (end - begin) * scale
+                opacity = math.exp(-depth) * -math.expm1(-here)
+                depth += here
+            total += opacity + even
+            sums[i + 1] = total
+            begin = end
+        i = 0
+        begin = _f32(0)
+        for k in range(num_samples + 1):
+            wanted = total * ((_f32(k) + jitter[r]) / _f32(num_samples + 1))
+            while i < num_bins - 1 and sums[i + 1] <= wanted:
+                i += 1
+            within = min(max((wanted - sums[i]) / (sums[i + 1] - sums[i]), _f32(0)), _f32(1))
+            end = _distance(first + extent * ((_f32(i) + within) / _f32(num_bins)))
+            if k > 0:
+                n = r * num_samples + k - 1
+                middle = (begin + end) * _f32(0.5)
+                middles[n], lengths[n] = middle, end - begin
+                points[n, 0], points[n, 1], points[n, 2] = _contracted(
+                    origins, directions, r, middle
+                )
+            begin = end
+
+
+@_jit
 def composite(
     depths,
     middles,
     lengths,
+    places,
+    widths,
     bounds,
     least,
     most,
@@ -686,6 +767,7 @@ def composite(
     counts,
     accumulation,
     distance,
+    distortion,
     start,
     stop,
 ):
@@ -694,13 +776,14 @@ def composite(
     Samples of ray r are ``bounds[r] … bounds[r + 1] - 1``; ``lengths`` has one number, or one for
     each. ``groups`` takes whose colour a sample shares, counted from 0 in every ray, or -1;
     ``counts`` how many there are; ``accumulation`` and ``distance`` the sums of weights, and of
-    weights times ``middles``.
+    weights times ``middles``. ``distortion`` is zero where ``places`` is empty.
     """
-    per_sample = len(lengths) > 1
+    per_sample, is_placed = len(lengths) > 1, len(places) > 0
     for r in range(start, stop):
         before, held = 0.0, 0.0
         count, bin_before, alive_before = 0, _f32(0), False
         total, far = _f32(0), _f32(0)
+        mass, moment, spread = 0.0, 0.0, 0.0
         for i in range(bounds[r], bounds[r + 1]):
             depth = depths[i]
             light[i] = math.exp(-_f32(before))
@@ -708,6 +791,11 @@ def composite(
             weights[i] = weight
             total += weight
             far += weight * middles[i]
+            if is_placed:
+                spread += 2 * weight * (places[i] * mass - moment)
+                spread += weight * weight * widths[i] / 3
+                mass += weight
+                moment += weight * places[i]
             if depth == depth:
                 before += depth
             alive = weight > least
@@ -723,7 +811,7 @@ def composite(
                 bin_before = here
             alive_before = alive
         counts[r] = count
-        accumulation[r], distance[r] = total, far
+        accumulation[r], distance[r], distortion[r] = total, far, spread
 
 
 @_jit
@@ -749,18 +837,42 @@ def share(weights, points, groups, bounds, offsets, shares, centres, ray, start,
 
 @_jit
 def composite_backward(
-    middles, light, weights, groups, bounds, of_sums, of_shares, out, start, stop
+    middles,
+    places,
+    widths,
+    light,
+    weights,
+    groups,
+    bounds,
+    of_sums,
+    of_shares,
+    out,
+    start,
+    stop,
 ):
     """Gradient of optical depths: ∂w_i · (light behind i) - Σ_{j>i} ∂w_j · w_j.
 
-    ``of_sums`` are the gradients of accumulation and distance, (2, R).
+    ``of_sums`` are the gradients of accumulation, distance and distortion, (3, R).
     """
+    is_placed = len(places) > 0
     for r in range(start, stop):
         behind = 0.0
+        mass, moment, mass_after, moment_after = 0.0, 0.0, 0.0, 0.0
+        if is_placed:
+            for i in range(bounds[r], bounds[r + 1]):
+                mass += weights[i]
+                moment += weights[i] * places[i]
         for i in range(bounds[r + 1] - 1, bounds[r] - 1, -1):
             of_weight = of_sums[0, r] + of_sums[1, r] * middles[i]
             if groups[i] >= 0:
                 of_weight += of_shares[groups[i]]
+            if is_placed:
+                own = weights[i] * places[i]
+                lever = places[i] * (mass - weights[i] - 2 * mass_after)
+                lever -= moment - own - 2 * moment_after
+                of_weight += _f32(of_sums[2, r] * 2 * (lever + weights[i] * widths[i] / 3))
+                mass_after += weights[i]
+                moment_after += own
             out[i] = of_weight * (light[i] - weights[i]) - _f32(behind)
             share = of_weight * weights[i]
             if share == share:  # what is no number must not spread

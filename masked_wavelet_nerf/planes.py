@@ -414,6 +414,27 @@ class FactorisedGrid(nn.Module):
             return _NativeFeatures.apply(points, True, *spatial.planes, *spatial.lines)
         return self._features(spatial, points).sum(dim=0)
 
+    def sums_at_nodes(self, spatial: SpatialGrid, size: int) -> Float[Tensor, "size size size"]:
+        """Sum of the features at the nodes (x, y, z) of a regular grid over [-1, 1]³.
+
+        Planes and lines are resized to ``size`` texels first: it is a coarse level.
+        """
+
+        def resized(image: Tensor, width: int) -> Tensor:
+            size_of = (size, width)
+            return F.interpolate(image[None], size_of, mode="bilinear", antialias=True)[0]
+
+        xy, xz, yz = (resized(plane, size) for plane in spatial.planes)
+        if spatial.lines:
+            z, y, x = (resized(line[..., None], 1)[..., 0] for line in spatial.lines)
+            sums = torch.einsum("cyx,cz->xyz", xy, z)
+            sums = sums + torch.einsum("czx,cy->xyz", xz, y)
+            return sums + torch.einsum("czy,cx->xyz", yz, x)
+        if self.reduce == "product":
+            return torch.einsum("cyx,czx,czy->xyz", xy, xz, yz)
+        xy, xz, yz = (plane.sum(dim=0) for plane in (xy, xz, yz))
+        return xy.T[:, :, None] + xz.T[:, None, :] + yz.T[None, :, :]
+
     @staticmethod
     def _is_native(spatial: SpatialGrid, points: Tensor) -> bool:
         return (

@@ -182,6 +182,8 @@ class Composite(NamedTuple):
     """Σ weight: the opacity of a ray."""
     distance: Float[Tensor, "R 1"]
     """Σ weight · distance."""
+    distortion: Float[Tensor, "R 1"]
+    """Σ_ij weight_i weight_j |place_i - place_j| + Σ weight² · width / 3; 0 without places."""
     colours: SharedColours
 
 
@@ -191,6 +193,7 @@ def composite(
     num_rays: int,
     least: float,
     most: float,
+    spacings: tuple[Float[Tensor, " N"], Float[Tensor, " N"]] | None = None,
 ) -> Composite:
     """Weights (:func:`render_weights`), their sums, and who shares a colour.
 
@@ -200,40 +203,45 @@ def composite(
         num_rays: R.
         least: see :func:`share_colours`.
         most: see :func:`share_colours`.
+        spacings: places and widths of samples for the distortion (mip-NeRF 360, eq. 15).
     """
     ray, middles, lengths, points = samples
     numbers = [middles, points, *([lengths] if isinstance(lengths, Tensor) else [])]
     has_gradients = any(t.requires_grad for t in numbers)
     if native.serves(optical_depth, *numbers) and not has_gradients:
-        shares, accumulation, distance, of_colour, centres = _Composite.apply(
-            optical_depth, ray, middles, lengths, points, num_rays, least, most
+        shares, *sums, of_colour, centres = _Composite.apply(
+            optical_depth, ray, middles, lengths, points, spacings, num_rays, least, most
         )
         colours = SharedColours(of_colour, shares, centres)
-        return Composite(accumulation[:, None], distance[:, None], colours)
+        accumulation, distance, distortion = (of_ray[:, None] for of_ray in sums)
+        return Composite(accumulation, distance, distortion, colours)
     weights = render_weights(optical_depth, ray)
-    sums = torch.stack((weights, weights * middles), dim=-1)
-    sums = sums.new_zeros(num_rays, 2).index_add(0, ray, sums)
+    terms = [weights, weights * middles, torch.zeros_like(weights)]
+    if spacings is not None:
+        places, widths = spacings
+        lever = places * _earlier(weights, ray) - _earlier(weights * places, ray)
+        terms[2] = weights * (2 * lever + weights * widths / 3)
+    sums = weights.new_zeros(num_rays, 3).index_add(0, ray, torch.stack(terms, dim=-1))
+    accumulation, distance, distortion = sums.split(1, dim=1)
     colours = share_colours(samples, weights, least, most)
-    return Composite(sums[:, :1], sums[:, 1:], colours)
+    return Composite(accumulation, distance, distortion, colours)
 
 
 class _Composite(torch.autograd.Function):
     """:func:`composite` in compiled loops, with the gradient of the optical depth."""
 
     @staticmethod
-    def forward(ctx, optical_depth, ray, middles, lengths, points, num_rays, least, most):
-        found = native.composite(
-            optical_depth, ray, middles, lengths, points, num_rays, least, most
-        )
+    def forward(ctx, optical_depth, *others):
+        found = native.composite(optical_depth, *others)
         ctx.kept = found.kept
         ctx.mark_non_differentiable(found.ray, found.centres)
         return found[:-1]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, of_shares, of_accumulation, of_distance, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
-        found = native.composite_backward(ctx.kept, of_shares, of_accumulation, of_distance)
-        return found, *(None,) * 7
+    def backward(ctx, of_shares, of_accumulation, of_distance, of_distortion, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
+        sums = of_accumulation, of_distance, of_distortion
+        return native.composite_backward(ctx.kept, of_shares, *sums), *(None,) * 8
 
 
 class OccupancyGrid(nn.Module):
@@ -318,22 +326,3 @@ class OccupancyGrid(nn.Module):
         if saved is not None and saved.shape != self.cells.shape:
             self.cells = self.cells.new_empty(saved.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def pack(
-    middles: Float[Tensor, "R S"],
-    lengths: Float[Tensor, "R S"],
-    points: Float[Tensor, "R S 3"],
-    valid: Bool[Tensor, "R S"],
-) -> PackedSamples:
-    """The valid ones of places along rays.
-
-    Their number shapes what follows, so on CUDA this waits for the device, once.
-    """
-    flat = valid.flatten().nonzero()[:, 0]
-    return PackedSamples(
-        flat // valid.shape[1],
-        middles.flatten()[flat],
-        lengths.flatten()[flat],
-        points.flatten(end_dim=1)[flat],
-    )

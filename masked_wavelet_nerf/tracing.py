@@ -218,7 +218,7 @@ def _counting(counts: dict[str, int]) -> Iterator[None]:
 
         return call
 
-    def of_rays(model, rays) -> dict[str, int]:
+    def of_rays(model, rays, _) -> dict[str, int]:
         if model.config.contract:
             places = len(rays) * model.config.num_samples
         else:

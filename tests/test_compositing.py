@@ -317,10 +317,52 @@ def test_composite_equals_a_loop(counts, least, most, varying):
         np.testing.assert_allclose(point, centre, rtol=1e-4)
 
 
-def gradient_of_composite(depths: torch.Tensor, samples: PackedSamples, num_rays: int, **limits):
+def placed(counts) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places of samples, ascending along each ray, and widths."""
+    generator = torch.Generator().manual_seed(4)
+    places = [torch.rand(n, generator=generator, dtype=torch.float64).sort()[0] for n in counts]
+    return torch.cat(places), 0.1 * torch.rand(sum(counts), generator=generator).double()
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("counts", SAMPLES)
+def test_distortion_is_the_sum_over_all_pairs(counts):
+    depths, samples = depths_and_samples(counts)
+    places, widths = placed(counts)
+    weights = torch.from_numpy(weights_by_loop(depths.tolist(), counts))
+    expected = []
+    for w, s, d in zip(*(t.split(list(counts)) for t in (weights, places, widths)), strict=True):
+        pairs = w[:, None] * w * (s[:, None] - s).abs()
+        expected.append(float(pairs.sum() + (w * w * d).sum() / 3))
+    spacings = places.float(), widths.float()
+    found = composite(
+        in_floats(samples), depths.float(), len(counts), 0.0, 0.05, spacings
+    ).distortion
+    np.testing.assert_allclose(found[:, 0], expected, rtol=1e-4, atol=1e-7)
+    unplaced = composite(in_floats(samples), depths.float(), len(counts), 0.0, 0.05)
+    assert (unplaced.distortion == 0).all()
+
+
+def test_gradient_of_distortion_is_that_of_differences():
+    counts = (9, 0, 5)
+    depths, samples = depths_and_samples(counts)
+    spacings = placed(counts)
+    assert torch.autograd.gradcheck(
+        lambda x: composite(samples, x, 3, 0.0, 0.05, spacings).distortion,
+        (depths.requires_grad_(),),
+    )
+
+
+def gradient_of_composite(
+    depths: torch.Tensor, samples: PackedSamples, num_rays: int, *, is_placed=True, **limits
+):
     depths = depths.clone().requires_grad_()
-    found = composite(samples, depths, num_rays, **limits)
-    parts = found.accumulation[:, 0], found.distance[:, 0], found.colours.shares
+    counts = samples.ray.bincount(minlength=num_rays).tolist()
+    places, widths = (t.to(samples.middles) for t in placed(counts))
+    spacings = (places, widths) if is_placed else None
+    found = composite(samples, depths, num_rays, **limits, spacings=spacings)
+    of_rays = found.accumulation, found.distance, found.distortion
+    parts = *(part[:, 0] for part in of_rays), found.colours.shares
     generator = torch.Generator().manual_seed(3)
     upstream = [torch.randn(len(t), generator=generator, dtype=torch.float64) for t in parts]
     loss = sum((part * g.to(part)).sum() for part, g in zip(parts, upstream, strict=True))
@@ -377,14 +419,15 @@ def test_what_is_no_number_stays_in_its_ray():
     depths, samples = depths_and_samples((30, 40, 20), seed=2)
     depths, samples = depths.float(), in_floats(samples)
     depths[40] = 0
-    clear = composite(samples, depths, 3, 0.0, 0.05)
-    expected = gradient_of_composite(depths, samples, 3, least=0.0, most=0.05)
+    limits = {"least": 0.0, "most": 0.05}
+    clear = composite(samples, depths, 3, **limits)
+    expected = gradient_of_composite(depths, samples, 3, is_placed=False, **limits)
     depths[40] = torch.nan
-    found = composite(samples, depths, 3, 0.0, 0.05)
+    found = composite(samples, depths, 3, **limits)
     assert found.accumulation.isnan()[:, 0].tolist() == [False, True, False]
     for a, b in zip(found.colours, clear.colours, strict=True):
         assert torch.equal(a, b)
-    gradient = gradient_of_composite(depths, samples, 3, least=0.0, most=0.05)
+    gradient = gradient_of_composite(depths, samples, 3, is_placed=False, **limits)
     assert gradient.isnan().nonzero()[:, 0].tolist() == [40]
     others = torch.arange(90) != 40
     torch.testing.assert_close(gradient[others], expected[others])
@@ -439,18 +482,20 @@ def test_compositing_kernels_stay_within_their_arrays():
     counts = (6, 9, 5)
     depths, samples = depths_and_samples(counts)
     bounds = np.array([0, 6, 15, 20])
-    arrays = [np.full(20, np.nan, np.float32) for _ in range(2)]
-    for array, values in zip(arrays, (depths, samples.middles), strict=True):
+    arrays = [np.full(20, np.nan, np.float32) for _ in range(4)]
+    given = depths, samples.middles, samples.middles / 9, samples.middles / 99
+    for array, values in zip(arrays, given, strict=True):
         array[6:15] = values[6:15]
+    placed = arrays[2:]
     lengths = np.full(1, 0.5, np.float32)
     wholes = [np.full(20, 7, np.float32), np.full(20, 7, np.float32), np.full(20, 7)]
     (light, light_whole), (weights, weights_whole), (groups, groups_whole) = (
         guarded(whole, 7) for whole in wholes
     )
-    per_ray = np.full(3, 7), np.full(3, 7, np.float32), np.full(3, 7, np.float32)
+    per_ray = np.full(3, 7), *np.full((3, 3), 7, np.float32)
     limits = np.float32(0), np.float32(0.05)
     filled = light, weights, groups, *per_ray
-    native_kernels.composite(*arrays, lengths, bounds, *limits, *filled, 1, 2)
+    native_kernels.composite(*arrays[:2], lengths, *placed, bounds, *limits, *filled, 1, 2)
     outputs = [(light, light_whole), (weights, weights_whole), (groups, groups_whole)]
     for inner, whole in outputs:
         assert_guards(whole, 7)
@@ -474,8 +519,8 @@ def test_compositing_kernels_stay_within_their_arrays():
     np.testing.assert_allclose(shares.sum(), weights[6:15].sum(), rtol=1e-5)
 
     gradient, gradient_whole = guarded(np.full(20, 7, np.float32), 7)
-    of_sums, of_shares = np.ones((2, 3), np.float32), np.ones(count, np.float32)
-    backward = arrays[1], light, weights, groups, bounds, of_sums, of_shares, gradient
+    of_sums, of_shares = np.ones((3, 3), np.float32), np.ones(count, np.float32)
+    backward = arrays[1], *placed, light, weights, groups, bounds, of_sums, of_shares, gradient
     native_kernels.composite_backward(*backward, 1, 2)
     assert_guards(gradient_whole, 7)
     assert (gradient[:6] == 7).all() and (gradient[15:] == 7).all()

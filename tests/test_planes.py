@@ -138,6 +138,29 @@ def test_constant_plane_is_constant(name, size):
     torch.testing.assert_close(quantised()[0], torch.full((2, *size), 0.7))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_sums_at_nodes_are_the_features_there(kind):
+    grid = factorised((7, 7, 7), kind=kind)
+    spatial, _ = grid()
+    nodes = torch.linspace(-1, 1, 7)
+    points = torch.stack(torch.meshgrid(nodes, nodes, nodes, indexing="ij"), dim=-1)
+    expected = grid.summed_features(spatial, points.view(-1, 3)).view(7, 7, 7)
+    torch.testing.assert_close(grid.sums_at_nodes(spatial, 7), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_sums_at_fewer_nodes_are_of_averaged_planes():
+    grid = factorised((8, 8, 8), "identity", ("triplane", "sum"))
+    spatial, _ = grid()
+    constant = SpatialGrid(tuple(torch.full_like(p, 0.25) for p in spatial.planes), ())
+    torch.testing.assert_close(grid.sums_at_nodes(constant, 4), torch.full((4, 4, 4), 1.5))
+    # A spike is seen, and nowhere far from it.
+    planes = [torch.zeros_like(p) for p in spatial.planes]
+    planes[0][:, 5, 2] = 1.0  # y = 5, x = 2
+    found = grid.sums_at_nodes(SpatialGrid(tuple(planes), ()), 4)
+    assert found[1, 2].min() > 0.1
+    assert (found[3] == 0).all() and (found[:, 0] == 0).all()
+
+
 def test_constant_planes_give_constant_features():
     grid = factorised((7, 10, 13), bits=None)
     constants = [0.5, -0.25, 2.0, 3.0, 0.1, -4.0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
@@ -15,7 +14,6 @@ from masked_wavelet_nerf.sampling import (
     OccupancyGrid,
     PackedSamples,
     march,
-    pack,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -206,34 +204,6 @@ def test_march_shapes_are_checked():
         march(origins, directions, nears, fars, *rest, torch.zeros(5, 1))
     with pytest.raises(TypeCheckError):
         march(origins, directions[:3], nears, fars, *rest, None)
-
-
-# --- packing
-
-
-def test_pack_equals_a_loop():
-    generator = torch.Generator().manual_seed(0)
-    valid = torch.rand(7, 5, generator=generator) < 0.4
-    middles, lengths = torch.rand(2, 7, 5, generator=generator)
-    points = torch.rand(7, 5, 3, generator=generator)
-    places = [(r, s) for r, s in itertools.product(range(7), range(5)) if valid[r, s]]
-    assert 5 < len(places) < 25
-    found = pack(middles, lengths, points, valid)
-    assert found.ray.tolist() == [r for r, _ in places]
-    assert found.middles.tolist() == [float(middles[place]) for place in places]
-    assert found.lengths.tolist() == [float(lengths[place]) for place in places]
-    assert found.points.tolist() == [points[place].tolist() for place in places]
-    turned = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (middles, lengths, points)]
-    for a, b in zip(pack(*turned, valid), found, strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("shape", [(3, 4), (0, 4), (3, 1)])
-def test_pack_of_nothing(shape):
-    zeros = torch.zeros(shape)
-    found = pack(zeros, zeros, zeros[..., None].expand(*shape, 3), zeros > 0)
-    assert found.ray.shape == found.middles.shape == found.lengths.shape == (0,)
-    assert found.points.shape == (0, 3)
 
 
 # --- occupancy
