@@ -1,24 +1,32 @@
-"""Data manager: nerfstudio's, with reproducible steps, without pixels that see nothing."""
+"""Data manager: nerfstudio's, with mended captures, reproducible steps, only pixels that matter."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.datamanagers.base_datamanager import (
     VanillaDataManager,
     VanillaDataManagerConfig,
+    variable_res_collate,
 )
-from nerfstudio.data.datasets.base_dataset import InputDataset
+from nerfstudio.data.dataparsers.base_dataparser import DataParser, DataparserOutputs
 from nerfstudio.data.pixel_samplers import PixelSampler, PixelSamplerConfig
+from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
+from masked_wavelet_nerf.captures import Fault, find_faults, mend, parse, select_views
+from masked_wavelet_nerf.dataparsers.captures import CaptureError, MissingCaptureError
+from masked_wavelet_nerf.photos import PhotoDataset
+
 _STEPS_AT_ONCE = 8
+_NUM_VIEWS_MEASURED_INSTEAD = 4
 
 
 @dataclass
@@ -55,6 +63,27 @@ class PooledPixelSampler(PixelSampler):
         row = flat // image_width
         return torch.stack((row // image_height, row % image_height, flat % image_width), dim=-1)
 
+    def rejection_sample_mask(
+        self,
+        mask: Bool[Tensor, "num_images H W 1"],
+        num_samples: int,
+        num_images: int,
+        image_height: int,
+        image_width: int,
+        device: torch.device | str,
+    ) -> Int[Tensor, "num_samples 3"]:
+        """Random (image, y, x) where the masks are set."""
+        if num_images > 1:
+            return super().rejection_sample_mask(
+                mask, num_samples, num_images, image_height, image_width, device
+            )
+        # nerfstudio squeezes the axis of a single image away, and then indexes it.
+        indices = super().rejection_sample_mask(
+            mask.expand(2, -1, -1, -1), num_samples, 2, image_height, image_width, device
+        )
+        indices[:, 0] = 0
+        return indices
+
 
 class _RandomState(NamedTuple):
     """State of Python's and torch's random numbers; that of a CUDA device where there is one."""
@@ -77,7 +106,8 @@ class _RandomState(NamedTuple):
 
 @dataclass
 class WaveletDataManagerConfig(VanillaDataManagerConfig):
-    """nerfstudio's data manager; every step draws from a random state of its own."""
+    """nerfstudio's data manager; captures are mended, and every step draws from a random state of
+    its own."""
 
     _target: type = field(default_factory=lambda: WaveletDataManager)
     """Target class to instantiate."""
@@ -85,12 +115,19 @@ class WaveletDataManagerConfig(VanillaDataManagerConfig):
     """Specifies the pixel sampler used to sample pixels from images."""
 
 
-class WaveletDataManager(VanillaDataManager[InputDataset]):
+class WaveletDataManager(VanillaDataManager[PhotoDataset]):
     """See :class:`WaveletDataManagerConfig`.
+
+    What is wrong with a capture is printed once. Where evaluation has no photos, a few of those for
+    training are measured instead.
 
     A step's random numbers depend on the seed (``--machine.seed``) and the step alone, so a resumed
     run draws what the uninterrupted one would have drawn. Rays of several steps are made at once:
     nerfstudio's some hundred small operations take as long for one step's as for those of eight.
+
+    Raises:
+        MissingCaptureError: if the capture, its photos or a file of its poses are not there.
+        CaptureError: if it cannot be read, or nothing in it can be trained on.
     """
 
     config: WaveletDataManagerConfig
@@ -98,7 +135,58 @@ class WaveletDataManager(VanillaDataManager[InputDataset]):
     def __init__(self, config: WaveletDataManagerConfig, *args, **kwargs) -> None:
         self._seed = torch.initial_seed()
         self._prepared: dict[int, tuple[RayBundle, dict, _RandomState]] = {}
+        self._told: set[str] = set()
         super().__init__(config, *args, **kwargs)
+
+    @property
+    def dataparser(self) -> DataParser:
+        """The configured data parser; what it returns is mended."""
+        return self._dataparser
+
+    @dataparser.setter
+    def dataparser(self, parser: DataParser) -> None:
+        # On the parser itself, for nerfstudio's constructor and scripts call it there.
+        self._dataparser = parser
+        parser.get_dataparser_outputs = self._read_capture
+
+    def _read_capture(self, split: str = "train", **kwargs: Any) -> DataparserOutputs:
+        outputs = parse(self._dataparser, split, **kwargs)
+        if self.test_mode == "inference" and not _any_exists(outputs):
+            return outputs  # rendering needs cameras alone
+        outputs, faults = mend(outputs, split)
+        self._tell(faults)
+        if self.test_mode == "inference":
+            return outputs
+        self._tell(find_faults(outputs, split))
+        if not outputs.image_filenames:
+            train = self.train_dataparser_outputs
+            count = len(train.image_filenames)
+            views = np.linspace(0, count - 1, min(count, _NUM_VIEWS_MEASURED_INSTEAD))
+            outputs = select_views(train, views.round().astype(int).tolist())
+        return outputs
+
+    def _tell(self, faults: Iterable[Fault]) -> None:
+        for fault in faults:
+            if fault.is_fatal:
+                error = MissingCaptureError if fault.kind == "missing" else CaptureError
+                raise error(fault.message)
+            if fault.message not in self._told:
+                CONSOLE.print(fault.message, style="yellow", markup=False, highlight=False)
+                self._told.add(fault.message)
+
+    def setup_train(self) -> None:
+        """Sets up training on photos in an order, by which pixels are drawn, of the seed alone."""
+        random.seed(self._seed)  # whatever reading the capture drew
+        super().setup_train()
+
+    def setup_eval(self) -> None:
+        """Sets up evaluation, whose photos may have several sizes though training's have one."""
+        collate = self.config.collate_fn
+        assert self.eval_dataset is not None
+        if self.eval_dataset.cameras.is_jagged:
+            self.config.collate_fn = variable_res_collate
+        super().setup_eval()
+        self.config.collate_fn = collate
 
     def next_train(self, step: int) -> tuple[RayBundle, dict]:
         """Rays and pixels of one training step; seeds torch and random for the whole step."""
@@ -165,3 +253,7 @@ class WaveletDataManager(VanillaDataManager[InputDataset]):
         sampler.pool = pool if len(pool) else None
         self._prepared.clear()
         return len(pool) / useful.numel() if len(pool) else None
+
+
+def _any_exists(outputs: DataparserOutputs) -> bool:
+    return any(path.exists() for path in outputs.image_filenames)
