@@ -14,6 +14,11 @@ from masked_wavelet_nerf.errors import UserError
 
 # Only the chosen command's module is imported: nerfstudio takes seconds to load.
 COMMANDS = {
+    "check": (
+        "masked_wavelet_nerf.check",
+        "Check",
+        "what a capture is, what is wrong with it, how to train on it",
+    ),
     "demo": ("masked_wavelet_nerf.demo", "Demo", "train, export and decode a small sample scene"),
     "export": ("masked_wavelet_nerf.export", "ExportMaskedWavelet", "write a run as a bitstream"),
     "decode": ("masked_wavelet_nerf.decode", "Decode", "turn a bitstream back into a run"),
@@ -42,7 +47,7 @@ def main(arguments: list[str]) -> int:
     """Runs one command.
 
     Returns:
-        0, or 2 after an error that the user can mend.
+        0, or what the command returns; 2 after an error that the user can mend.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         _print_help()
@@ -54,10 +59,9 @@ def main(arguments: list[str]) -> int:
     command = getattr(importlib.import_module(module), attribute)
     parsed = tyro.cli(command, prog=f"mwnerf {name}", args=rest)
     try:
-        parsed.main()
+        return parsed.main() or 0
     except (UserError, CodecError, OSError) as error:
         return _fail(f"{name}: {error}")
-    return 0
 
 
 def _print_help() -> None:
