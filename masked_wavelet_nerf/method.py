@@ -14,6 +14,7 @@ from masked_wavelet_nerf import ns_export
 from masked_wavelet_nerf.config import MaskedWaveletModelConfig
 from masked_wavelet_nerf.datamanager import WaveletDataManagerConfig
 from masked_wavelet_nerf.optimisers import FusedAdamOptimizerConfig, RestartedDecaySchedulerConfig
+from masked_wavelet_nerf.trainer import WaveletTrainer
 
 ns_export.install()
 
@@ -32,6 +33,7 @@ def _config(
     name: str, dataparser, model: MaskedWaveletModelConfig, steps: int, rays: int
 ) -> TrainerConfig:
     return TrainerConfig(
+        _target=WaveletTrainer,
         method_name=name,
         steps_per_save=1000,
         steps_per_eval_batch=500,
