@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import tyro
+from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
 from nerfstudio.models.base_model import ModelConfig
 
 from masked_wavelet_nerf.field import FieldConfig
@@ -154,6 +155,15 @@ class MaskedWaveletModelConfig(ModelConfig):
     """Weight of the total variation of the density planes, taken in the spatial domain."""
     tv_weight_appearance: float = 0.0
     """Weight of the total variation of the appearance planes, taken in the spatial domain."""
+
+    camera_optimizer: CameraOptimizerConfig = field(
+        default_factory=lambda: CameraOptimizerConfig(mode="off")
+    )
+    """nerfstudio's camera optimiser: SO3xR3 corrects the poses of training photos. Slow on a CPU,
+    where compiled loops have no gradient of positions."""
+    photo_appearance_dim: int = 0
+    """Numbers that each training photo has of its own for exposure and white balance, some 8; 0 for
+    none. Evaluation shows the average photo, and nothing of it is in the file."""
 
     eval_num_rays_per_chunk: int = 4096
     """Rays rendered at once in evaluation; on CUDA eight times as many."""

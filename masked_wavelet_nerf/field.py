@@ -174,14 +174,25 @@ class WaveletPlaneField(nn.Module):
         spatial: SpatialField,
         points: Float[Tensor, "N 3"],
         directions: Float[Tensor, "N 3"],
+        offsets: Float[Tensor, "N H"] | None = None,
     ) -> Float[Tensor, "N 3"]:
-        """Colour in [0, 1] at points in [-1, 1]³ seen along unit ``directions``."""
+        """Colour in [0, 1] at points in [-1, 1]³ seen along unit ``directions``.
+
+        Args:
+            spatial: see :meth:`to_spatial`.
+            points: where.
+            directions: from the camera.
+            offsets: what the colour network's first layer adds to its outputs (of width H).
+        """
         features = self.appearance_grid.features(spatial.appearance, points)
         appearance = self.appearance_map(features)
-        return torch.sigmoid(self._run_colour_network(appearance, directions))
+        return torch.sigmoid(self._run_colour_network(appearance, directions, offsets))
 
     def _run_colour_network(
-        self, appearance: Float[Tensor, "N A"], directions: Float[Tensor, "N 3"]
+        self,
+        appearance: Float[Tensor, "N A"],
+        directions: Float[Tensor, "N 3"],
+        offsets: Float[Tensor, "N H"] | None,
     ) -> Float[Tensor, "N 3"]:
         frequencies = self.config.num_frequencies
         if native.serves(appearance, directions):
@@ -190,7 +201,8 @@ class WaveletPlaneField(nn.Module):
             inputs = _Encoding.apply(appearance, directions, frequencies)
             weight, bias = first.used()
             weight = F.pad(weight, (0, inputs.shape[1] - first.in_features))
-            return self.colour_network[1:](F.linear(inputs, weight, bias))
+            outputs = F.linear(inputs, weight, bias)
+            return self.colour_network[1:](outputs if offsets is None else outputs + offsets)
         inputs = torch.cat(
             (
                 appearance,
@@ -200,6 +212,8 @@ class WaveletPlaneField(nn.Module):
             ),
             dim=-1,
         )
+        if offsets is not None:
+            return self.colour_network[1:](self.colour_network[0](inputs) + offsets)
         return accelerators.run_network(self.colour_network, inputs)
 
     def round_networks(self) -> None:

@@ -26,7 +26,12 @@ def _optimisers(max_steps: int, restarts: tuple[int, ...]) -> dict:
             "scheduler": RestartedDecaySchedulerConfig(max_steps=max_steps, restarts=restarts),
         }
 
-    return {"grids": group(0.02), "masks": group(0.02), "networks": group(1e-3)}
+    return {
+        "grids": group(0.02),
+        "masks": group(0.02),
+        "networks": group(1e-3),
+        "camera_opt": group(1e-3, restarts=()),
+    }
 
 
 def _config(

@@ -39,6 +39,7 @@ from masked_wavelet_nerf.errors import UserError
 from masked_wavelet_nerf.field import SpatialField, WaveletPlaneField
 from masked_wavelet_nerf.masking import largest_integer
 from masked_wavelet_nerf.metrics import ImageMetrics
+from masked_wavelet_nerf.photo_appearance import PhotoAppearance
 from masked_wavelet_nerf.rate import mask_penalty, suited_integers
 from masked_wavelet_nerf.rate_control import RateControl
 from masked_wavelet_nerf.region import region_of_interest
@@ -68,6 +69,10 @@ _BIT_SHARE = 0.2
 """Of λ: what a bit is worth in squared error, by the slope of PSNR against bytes on lego-100."""
 
 
+_PER_PHOTO = ("camera_optimizer.", "photo_appearance.embeddings")
+"""State that has a row for each training photo."""
+
+
 class CheckpointMismatchError(UserError):
     """A checkpoint does not hold what the configured model needs."""
 
@@ -87,6 +92,13 @@ class MaskedWaveletModel(Model):
         self.field = WaveletPlaneField(
             config.field_config(), self._resolution(config.initial_resolution)
         )
+        self.camera_optimizer = config.camera_optimizer.setup(
+            num_cameras=self.num_train_data, device="cpu"
+        )
+        self.photo_appearance = None
+        if config.photo_appearance_dim > 0:
+            sizes = config.photo_appearance_dim, config.hidden_dim
+            self.photo_appearance = PhotoAppearance(self.num_train_data, *sizes)
         self.occupancy = OccupancyGrid()
         self.renderer_rgb = RGBRenderer(background_color=config.background_color)
         self.image_metrics = ImageMetrics()
@@ -162,7 +174,7 @@ class MaskedWaveletModel(Model):
             CheckpointMismatchError: naming what is missing, unexpected or of another shape.
         """
         try:
-            state = self.rate.complete(state_dict, "rate.")
+            state = self._of_these_photos(self.rate.complete(state_dict, "rate."))
             result = super().load_state_dict(state, strict=True, assign=assign)
         except RuntimeError as error:
             raise CheckpointMismatchError(
@@ -174,6 +186,19 @@ class MaskedWaveletModel(Model):
                 grid.set_prices(None)
         self.refresh()
         return result
+
+    def _of_these_photos(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The state without what belongs to other training photos, which rendering can do without.
+
+        As where a run is opened without its capture.
+        """
+        own = {k: v for k, v in self.state_dict().items() if k.startswith(_PER_PHOTO)}
+        fitting = {
+            key: value
+            for key, value in state.items()
+            if not key.startswith(_PER_PHOTO) or (key in own and own[key].shape == value.shape)
+        }
+        return {**own, **fitting}
 
     def refresh(self) -> None:
         """To be called when grids or box were replaced from outside."""
@@ -273,6 +298,8 @@ class MaskedWaveletModel(Model):
 
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Renders rays: rgb in [0, 1], accumulation, and expected depth along the ray."""
+        if self.training:
+            self.camera_optimizer.apply_to_raybundle(ray_bundle)
         spatial = self.spatial()
         samples, config = self._samples(ray_bundle, spatial), self.config
         density = self.field.density(spatial, samples.points)
@@ -308,7 +335,11 @@ class MaskedWaveletModel(Model):
             # What has no colour of its own counts as what the rest of its ray shows.
             coloured = accumulate_along_rays(shares, None, ray, num_rays)
             shares = shares * (accumulation / coloured.clamp(min=1e-6))[ray, 0]
-        colours = self.field.colour(spatial, points, rays.directions[ray])
+        offsets = None
+        if self.training and self.photo_appearance is not None:
+            assert rays.camera_indices is not None
+            offsets = self.photo_appearance(rays.camera_indices[ray, 0])
+        colours = self.field.colour(spatial, points, rays.directions[ray], offsets)
         # The renderer derives its background's share from the weights that it is given, which are
         # only those that got a colour: blend with the full accumulation instead.
         return RGBRenderer.combine_rgb(
@@ -352,6 +383,7 @@ class MaskedWaveletModel(Model):
             losses["mask_loss"] = config.mask_weight * self.rate.factor() * penalty
         if self._has_distortion:
             losses["distortion_loss"] = config.distortion_weight * self._distortion_of_step.mean()
+        self.camera_optimizer.get_loss_dict(losses)
         l1_weight = config.l1_weight if self.occupancy.is_known else config.l1_weight_initial
         if l1_weight > 0:
             grids = (*spatial.density.planes, *spatial.density.lines)
@@ -400,6 +432,7 @@ class MaskedWaveletModel(Model):
         true, rendered = self._true_and_rendered(outputs, batch)
         metrics = {"psnr": -10 * torch.log10(F.mse_loss(rendered, true))}
         if self.training:
+            self.camera_optimizer.get_metrics_dict(metrics)
             kept = torch.cat(self._spatial_of_step.kept)
             metrics["kept"] = kept.sum() / sum(map(sum, self.field.num_coefficients()))
             metrics.update(self._kept_by_level(kept))
@@ -444,11 +477,14 @@ class MaskedWaveletModel(Model):
         return [p for grid in self.field.grids().values() for p in getattr(grid, name)]
 
     def get_param_groups(self) -> dict[str, list[Parameter]]:
-        """Optimiser groups: grids, masks (where there are any) and networks."""
+        """Optimiser groups: grids, networks, and where there are any masks and camera_opt."""
         groups = {"grids": self._grid_parameters("coefficients")}
         if self.config.masks:
             groups["masks"] = self._grid_parameters("logits")
         groups["networks"] = list(self.field.networks().values())
+        if self.photo_appearance is not None:
+            groups["networks"] += self.photo_appearance.parameters()
+        self.camera_optimizer.get_param_groups(groups)
         return groups
 
     def get_training_callbacks(
