@@ -3,9 +3,9 @@
 Ours is trained as its preset says. The peers are nerfstudio's own methods with their own optimisers
 and losses, and with what a preset can say for them: capture and data parser, steps, rays per step,
 background, seed, threads, chunk of rays in rendering. Every learning rate decays to the method's
-own last value in the preset's number of steps. nerfstudio's plain data manager feeds them, in the
-training process, as it feeds ours. No camera optimisers, no mixed precision, no evaluations of
-nerfstudio's own on the way. Beyond that:
+own last value in the preset's number of steps. Our data manager feeds them, in the training
+process, as it feeds ours: the same mended capture. No mixed precision, no evaluations of
+nerfstudio's own on the way. In bounded scenes no camera optimisers, and beyond that:
 
 tensorf   Start and end resolution, upsampling steps, components and appearance features are the
           preset's. Rays run through the scene box, as ours do: the model takes no near and far.
@@ -13,6 +13,9 @@ tensorf   Start and end resolution, upsampling steps, components and appearance 
 nerfacto  What nerfstudio's benchmark script sets for Blender scenes: near and far (the preset's), a
           uniform first sampler, no contraction, no distortion loss, no average appearance. And the
           torch implementation of its hash grids, since tiny-cuda-nn may not be there.
+
+In unbounded scenes nerfacto alone, which is made for them: all but steps, rays and the torch
+implementation is its own, background and camera optimiser included.
 
 ``bytes`` is what one must send so that somebody else can render. For ours it is the exported file,
 and PSNR and rendering speed are those of the decoded file. nerfstudio has no file format for the
@@ -50,7 +53,6 @@ import torch.nn.functional as F
 import tyro
 from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
 from nerfstudio.configs.method_configs import all_methods
-from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManagerConfig
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackLocation
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
@@ -88,11 +90,12 @@ class Peers:
     """
 
     preset: Annotated[Path, tyro.conf.Positional]
-    """TOML file under configs/, of a bounded scene."""
+    """TOML file under configs/."""
     data: Path
     """Folder of the capture."""
-    methods: tuple[str, ...] = ("masked-wavelet-bounded", "tensorf", "nerfacto")
-    """What to train, in this order: the preset's own method, tensorf, nerfacto."""
+    methods: tuple[str, ...] | None = None
+    """What to train, in this order: the preset's own method, tensorf, nerfacto; all that can train
+    on such a scene if not given."""
     max_minutes: float = 30.0
     """Training of a method stops after so many minutes, evaluations not counted."""
     target_psnr: float = 30.0
@@ -114,13 +117,13 @@ class Peers:
     def main(self) -> None:
         """Run, and print the rows."""
         preset = load_preset(self.preset)
-        self._check(preset)
+        methods = self._checked_methods(preset)
         rows, failed = [], []
         with contextlib.ExitStack() as stack:
             output_dir = self.output_dir
             if output_dir is None:
                 output_dir = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            for method in self.methods:
+            for method in methods:
                 job = self._job(method, output_dir)
                 row = run_in_process(job, preset.num_threads)
                 if row is None:
@@ -137,11 +140,11 @@ class Peers:
                 "other methods hold"
             )
 
-    def _check(self, preset: Preset) -> None:
-        """Finds what can be found before hours of training."""
-        for method in self.methods:
+    def _checked_methods(self, preset: Preset) -> tuple[str, ...]:
+        """What is to be trained; finds what can be found before hours of training."""
+        for method in self.methods or ():
             check_method(method, preset)
-        if not self.methods:
+        if self.methods == ():
             raise PeersError("--methods: none given")
         for name in ("eval_every", "eval_views", "max_minutes"):
             if getattr(self, name) <= 0:
@@ -150,8 +153,11 @@ class Peers:
         if not self.data.exists():
             raise PeersError(f"{self.data}: no such capture")
         ours = our_config(preset, self.data)
-        for method in self.methods:
+        possible = [name for name in _PEERS if name != "tensorf" or not _is_unbounded(ours)]
+        methods = self.methods or (preset.method, *possible)
+        for method in methods:
             method_config(method, ours)
+        return methods
 
     def _job(self, method: str, output_dir: Path) -> Job:
         return Job(
@@ -231,7 +237,7 @@ def our_config(preset: Preset, data: Path) -> TrainerConfig:
     """The preset's configuration, as ``ns-train`` parses it.
 
     Raises:
-        PeersError: if the preset is not of one of our methods with a bounded scene.
+        PeersError: if the preset is not of one of our methods.
     """
     known = all_methods.get(preset.method)
     if not isinstance(getattr(getattr(known, "pipeline", None), "model", None), _OURS):
@@ -243,11 +249,6 @@ def our_config(preset: Preset, data: Path) -> TrainerConfig:
         args=preset.arguments(data)[1:],
         prog=f"{preset.name}: ns-train {preset.method}",
     )
-    if config.pipeline.model.contract:  # pyright: ignore[reportAttributeAccessIssue]
-        raise PeersError(
-            f"{preset.name}: an unbounded scene; tensorf has none, so take a preset of "
-            "masked-wavelet-bounded"
-        )
     config.pipeline.datamanager.data = config.data
     return config
 
@@ -255,8 +256,23 @@ def our_config(preset: Preset, data: Path) -> TrainerConfig:
 _OURS = MaskedWaveletModelConfig
 
 
+def _is_unbounded(ours: TrainerConfig) -> bool:
+    model = ours.pipeline.model
+    assert isinstance(model, _OURS)
+    return model.contract
+
+
 def tensorf_config(ours: TrainerConfig) -> TrainerConfig:
-    """Nerfstudio's tensorf in our setting."""
+    """Nerfstudio's tensorf in our setting.
+
+    Raises:
+        PeersError: if the scene is unbounded.
+    """
+    if _is_unbounded(ours):
+        raise PeersError(
+            "tensorf: it has no unbounded scenes; take a preset of masked-wavelet-bounded, or "
+            "--methods without it"
+        )
     config, settings = _peer_config("tensorf", ours), ours.pipeline.model
     model = config.pipeline.model
     assert isinstance(model, TensoRFModelConfig) and isinstance(settings, _OURS)
@@ -276,6 +292,9 @@ def nerfacto_config(ours: TrainerConfig) -> TrainerConfig:
     config, settings = _peer_config("nerfacto", ours), ours.pipeline.model
     model = config.pipeline.model
     assert isinstance(model, NerfactoModelConfig) and isinstance(settings, _OURS)
+    model.implementation = "torch"
+    if _is_unbounded(ours):
+        return config
     model.near_plane, model.far_plane = settings.near_plane, settings.far_plane
     model.background_color = settings.background_color
     model.camera_optimizer = CameraOptimizerConfig(mode="off")
@@ -283,7 +302,6 @@ def nerfacto_config(ours: TrainerConfig) -> TrainerConfig:
     model.proposal_initial_sampler = "uniform"
     model.distortion_loss_mult = 0.0
     model.use_average_appearance_embedding = False
-    model.implementation = "torch"
     return config
 
 
@@ -292,13 +310,7 @@ def _peer_config(name: str, ours: TrainerConfig) -> TrainerConfig:
     config = copy.deepcopy(all_methods[name])
     assert isinstance(config, TrainerConfig)
     data, steps = ours.pipeline.datamanager, ours.max_num_iterations
-    assert isinstance(data, VanillaDataManagerConfig)
-    config.pipeline.datamanager = VanillaDataManagerConfig(
-        data=data.data,
-        dataparser=copy.deepcopy(data.dataparser),
-        train_num_rays_per_batch=data.train_num_rays_per_batch,
-        eval_num_rays_per_batch=data.train_num_rays_per_batch,
-    )
+    config.pipeline.datamanager = copy.deepcopy(data)
     config.pipeline.model.eval_num_rays_per_chunk = ours.pipeline.model.eval_num_rays_per_chunk
     config.max_num_iterations = steps
     config.mixed_precision = False

@@ -140,11 +140,25 @@ def test_nothing_to_do_is_refused(preset, capture, flag, wrong):
         command.main()
 
 
-def test_unbounded_preset_is_refused(tmp_path, capture):
+def test_an_unbounded_scene_has_nerfacto_as_it_is_and_no_tensorf(tmp_path, capture):
     path = tmp_path / "unbounded.toml"
     path.write_text('[run]\nmethod = "masked-wavelet"\ndataparser = "blender-data"\n')
-    with pytest.raises(UserError, match="unbounded: an unbounded scene"):
+    with pytest.raises(UserError, match="tensorf: it has no unbounded scenes"):
         Peers(path, capture, methods=("tensorf",)).main()
+    assert Peers(path, capture)._checked_methods(load_preset(path)) == (
+        "masked-wavelet",
+        "nerfacto",
+    )
+    config = peers.nerfacto_config(peers.our_config(load_preset(path), capture))
+    model = config.pipeline.model
+    assert model.implementation == "torch"
+    assert not model.disable_scene_contraction and model.distortion_loss_mult > 0
+    assert model.camera_optimizer.mode != "off" and model.background_color == "last_sample"
+
+
+def test_all_that_can_are_trained_by_default(preset, capture):
+    methods = Peers(preset, capture)._checked_methods(load_preset(preset))
+    assert methods == ("masked-wavelet-bounded", "tensorf", "nerfacto")
 
 
 # --- counting -------------------------------------------------------------------------------------
