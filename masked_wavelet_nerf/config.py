@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
@@ -175,6 +175,10 @@ class MaskedWaveletModelConfig(ModelConfig):
     """Unused: every loss has a weight of its own."""
     prompt: tyro.conf.Suppress[str | None] = None
     """Unused."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Gives runs that an earlier version saved the defaults of the fields that are newer."""
+        self.__dict__.update({**vars(type(self)()), **state})
 
     def field_config(self) -> FieldConfig:
         """The part that fixes the field's parameters."""

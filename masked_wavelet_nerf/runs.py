@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -199,6 +200,7 @@ def scene_of_run(run: Run, extra_meta: dict[str, Any]) -> Scene:
         "step": run.step,
         "model": config_to_json(model_config),
         "dataparser": dataparser,
+        "camera_res_scale_factor": float(config.pipeline.datamanager.camera_res_scale_factor),  # pyright: ignore[reportAttributeAccessIssue]
         **extra_meta,
     }
     return scene_from_model(run.model, model_config.bits or 8, meta, cameras)
@@ -291,10 +293,11 @@ def write_run(scene: Scene, output_dir: Path, data: Path | None = None) -> Path:
     )
     output_dir = output_dir.absolute()
     config.pipeline.model = model.config
-    config.pipeline.datamanager.dataparser = dataparser  # pyright: ignore[reportAttributeAccessIssue]
+    manager: Any = config.pipeline.datamanager
+    manager.dataparser = dataparser
+    manager.camera_res_scale_factor = _scale_factor(meta)
     if data is not None:
-        config.pipeline.datamanager.data = data.absolute()
-        dataparser.data = data.absolute()
+        manager.data = dataparser.data = data.absolute()
     config.output_dir, config.experiment_name, config.timestamp = output_dir, ".", "."
     config.relative_model_dir = (
         output_dir / "nerfstudio_models"
@@ -317,6 +320,17 @@ def write_run(scene: Scene, output_dir: Path, data: Path | None = None) -> Path:
     config_path = output_dir / "config.yml"
     replace_file(config_path, lambda temporary: temporary.write_text(yaml.dump(config), "utf8"))
     return config_path
+
+
+def _scale_factor(meta: dict[str, Any]) -> float:
+    """Size of photos relative to the capture's, as the run was trained and measured."""
+    factor = meta.get("camera_res_scale_factor", 1.0)
+    if not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
+        raise CodecError(
+            f"meta: camera_res_scale_factor {factor!r}; expected a positive number: the file is "
+            "damaged, ask for it again"
+        )
+    return float(factor)
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:

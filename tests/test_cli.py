@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 import masked_wavelet_codec as codec
 from masked_wavelet_nerf import cli
 from masked_wavelet_nerf.presets import PresetError, load_preset
-from masked_wavelet_nerf.runs import open_run
+from masked_wavelet_nerf.runs import open_run, scene_of_run, write_run
 
 BIN = Path(sys.executable).parent
 
@@ -93,6 +95,22 @@ def test_bitstream_names_no_path_of_this_machine(bench, capture):
     assert np.count_nonzero(scene.cameras.split == 1) == 3
     assert scene.cameras.width.tolist() == [24] * 11
     assert scene.occupancy is not None
+
+
+def test_a_decoded_run_takes_photos_in_the_size_it_was_measured_with(bench, tmp_path):
+    _, folder = bench
+    opened = open_run(folder / "masked-wavelet-bounded" / "trained" / "config.yml")
+    opened.config.pipeline.datamanager.camera_res_scale_factor = 0.25
+    scene = scene_of_run(opened, {})
+    config = yaml.load(write_run(scene, tmp_path).read_text("utf8"), Loader=yaml.Loader)
+    assert config.pipeline.datamanager.camera_res_scale_factor == 0.25
+    del scene.meta["camera_res_scale_factor"]  # as in files of before
+    config = yaml.load(write_run(scene, tmp_path).read_text("utf8"), Loader=yaml.Loader)
+    assert config.pipeline.datamanager.camera_res_scale_factor == 1
+    for wrong in (0, -1.0, math.inf, "1", None):
+        scene.meta["camera_res_scale_factor"] = wrong
+        with pytest.raises(codec.CodecError, match=r"camera_res_scale_factor .* a positive number"):
+            write_run(scene, tmp_path)
 
 
 def test_ns_export_writes_the_same_file_as_bench(bench, tmp_path):

@@ -6,9 +6,11 @@ import copy
 
 import pytest
 import torch
+import yaml
 from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
 
 import masked_wavelet_codec as codec
+from masked_wavelet_nerf.config import MaskedWaveletModelConfig
 from masked_wavelet_nerf.export import export_run
 from masked_wavelet_nerf.photo_appearance import PhotoAppearance
 from masked_wavelet_nerf.runs import open_run
@@ -123,3 +125,10 @@ def test_nothing_of_single_photos_is_in_the_file_and_runs_open_without_them(
         assert torch.equal(alone.model.field.networks()[name], network)
     scene = codec.read(with_photos)
     assert set(scene.networks) == set(run.model.field.networks())
+
+
+def test_configurations_saved_before_there_were_these_settings_load():
+    config = MaskedWaveletModelConfig(bits=5)
+    del config.__dict__["camera_optimizer"], config.__dict__["photo_appearance_dim"]
+    loaded = yaml.load(yaml.dump(config), Loader=yaml.Loader)
+    assert (loaded.camera_optimizer.mode, loaded.photo_appearance_dim, loaded.bits) == ("off", 0, 5)
