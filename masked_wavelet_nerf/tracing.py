@@ -228,7 +228,7 @@ def _counting(counts: dict[str, int]) -> Iterator[None]:
     counters = (
         (MaskedWaveletModel, "_samples", of_rays),
         (WaveletPlaneField, "density", lambda _, spatial, points: {"density": len(points)}),
-        (WaveletPlaneField, "colour", lambda _, spatial, points, __: {"coloured": len(points)}),
+        (WaveletPlaneField, "colour", lambda _, spatial, points, *__: {"coloured": len(points)}),
     )
     with contextlib.ExitStack() as stack:
         for owner, name, count in counters:

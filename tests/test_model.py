@@ -217,7 +217,7 @@ def test_render_threshold_changes_little(tiny_config, train, monkeypatch):
     counts = []
     colour = model.field.colour
     monkeypatch.setattr(
-        model.field, "colour", lambda s, p, d: [counts.append(len(p)), colour(s, p, d)][1]
+        model.field, "colour", lambda s, p, *d: [counts.append(len(p)), colour(s, p, *d)][1]
     )
     model.config.colour_mass, pictures = 0.0, {}
     for threshold in (0.0, 1e-3, 0.02):
@@ -245,7 +245,7 @@ def test_samples_without_a_colour_take_that_of_their_ray(
             parameter.data.zero_()
     asked = []
 
-    def grey(spatial, points, directions):
+    def grey(spatial, points, *_):
         asked.append(len(points))
         return torch.full((len(points), 3), 0.6)
 
@@ -272,7 +272,7 @@ def test_shared_colours_change_hardly_anything(tiny_config, start, monkeypatch, 
     monkeypatch.setattr(torch, "rand_like", lambda tensor: jitter)  # the same samples each time
     original, counts = model.field.colour, []
     monkeypatch.setattr(
-        model.field, "colour", lambda s, p, d: counts.append(len(p)) or original(s, p, d)
+        model.field, "colour", lambda s, p, *d: counts.append(len(p)) or original(s, p, *d)
     )
 
     def rendered(mass: float) -> torch.Tensor:
