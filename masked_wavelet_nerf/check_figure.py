@@ -5,10 +5,8 @@ N, M count cameras.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from masked_wavelet_nerf.coverage import Coverage, plane_of
+from masked_wavelet_nerf.files import replace_file
 from masked_wavelet_nerf.survey import Thumbnail
 
 TRAIN, HELD_OUT, BOX, LOOK_AT = "#2a6fbb", "#e07b1a", "#3a9a5b", "#c2273d"
@@ -186,11 +185,4 @@ def _add_legend(views: SubFigure, groups: Sequence[_Group], is_looked_at: bool) 
 def _write(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+    replace_file(target, lambda temporary: temporary.write_bytes(data))

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 
-from masked_wavelet_nerf.coverage import find_look_at, half_view, measure
+from masked_wavelet_nerf.coverage import half_view, measure
 
 
 def region_of_interest(cameras: Cameras, default: Float[Tensor, "2 3"]) -> Float[Tensor, "2 3"]:
@@ -26,9 +26,9 @@ def region_of_interest(cameras: Cameras, default: Float[Tensor, "2 3"]) -> Float
         cameras: of the photos for training.
         default: corners of the data parser's box.
     """
-    poses = cameras.camera_to_worlds.cpu().numpy()
-    look_at, layout = find_look_at(poses), measure(poses).layout
-    if look_at is None or layout == "outward" or look_at.distance <= 0:
+    coverage = measure(cameras.camera_to_worlds.cpu().numpy())
+    look_at = coverage.look_at
+    if look_at is None or coverage.layout == "outward" or look_at.distance <= 0:
         return default
     half = look_at.distance * math.sqrt(math.prod(half_view(cameras)))
     centre = torch.tensor(look_at.point)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from masked_wavelet_nerf import __version__
 from masked_wavelet_nerf.clock import now
 from masked_wavelet_nerf.config import MaskedWaveletModelConfig
 from masked_wavelet_nerf.errors import UserError
+from masked_wavelet_nerf.files import replace_file
 from masked_wavelet_nerf.model import MaskedWaveletModel
 from masked_wavelet_nerf.scene import (
     config_from_json,
@@ -331,13 +330,3 @@ def _scale_factor(meta: dict[str, Any]) -> float:
             "damaged, ask for it again"
         )
     return float(factor)
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes to a temporary name beside ``path`` and renames: a failure leaves the old file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -382,7 +382,7 @@ def _newest_readable(folder: Path) -> int:
     reasons = []
     for step in sorted(found, reverse=True):
         try:
-            torch.load(found[step], map_location="cpu")
+            torch.load(found[step], map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file can raise anything
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             reasons.append(f"{found[step]}: cannot be read ({reason})")
