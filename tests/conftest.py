@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
 from pathlib import Path
 
@@ -11,6 +12,12 @@ import pytest
 import torch
 
 from masked_wavelet_nerf import native
+
+_processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _processes > 1:  # they share the cores, as do the processes that tests start
+    _num_threads = max(1, (os.cpu_count() or 1) // _processes)
+    torch.set_num_threads(_num_threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(_num_threads))
 
 
 @pytest.fixture(params=["native", "torch"])
