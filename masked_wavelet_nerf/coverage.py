@@ -26,6 +26,11 @@ _MISS, _IN_FRONT = 0.35, 0.9
 in front of this share of the cameras."""
 _POLE = 80.0
 """Elevation in degrees beyond which a direction has no azimuth worth counting."""
+_ALL_ROUND = [
+    CameraType.EQUIRECTANGULAR.value,
+    CameraType.OMNIDIRECTIONALSTEREO_L.value,
+    CameraType.OMNIDIRECTIONALSTEREO_R.value,
+]
 _UPRIGHT = 30.0
 """Degrees within which the cameras' mean up is taken for the world's axis next to it."""
 
@@ -64,8 +69,18 @@ class Coverage:
     """Nearest and farthest camera from the origin."""
 
 
-def measure(poses: Float[np.ndarray, "N 3 4"]) -> Coverage:
+def measure(cameras: Cameras) -> Coverage:
+    """Coverage of at least one camera."""
+    all_round = bool(torch.isin(cameras.camera_type, torch.tensor(_ALL_ROUND)).any())
+    return measure_poses(cameras.camera_to_worlds.cpu().double().numpy(), all_round)
+
+
+def measure_poses(poses: Float[np.ndarray, "N 3 4"], all_round: bool = False) -> Coverage:
     """Coverage of at least one camera.
+
+    Args:
+        poses: camera to world.
+        all_round: cameras see in all directions, so that where their axes point means nothing.
 
     Raises:
         ValueError: if there is none.
@@ -80,7 +95,7 @@ def measure(poses: Float[np.ndarray, "N 3 4"]) -> Coverage:
     elevation = np.degrees(np.arcsin(np.clip(backward @ up, -1, 1)))
     distances = np.linalg.norm(poses[:, :, 3], axis=1)
     return Coverage(
-        layout=_layout(backward, look_at),
+        layout="outward" if all_round else _layout(backward, look_at),
         up=_triple(up),
         widest_angle=float(angles.max()),
         nearest_angle=float(np.median(others.min(axis=1))) if len(poses) > 1 else None,

@@ -20,13 +20,13 @@ def region_of_interest(cameras: Cameras, default: Float[Tensor, "2 3"]) -> Float
     """Lowest and highest corner.
 
     Where most cameras look at a common point, a cube around it as wide as what they see there; for
-    cameras that look outwards the default.
+    cameras that look outwards, or all around themselves, the default.
 
     Args:
         cameras: of the photos for training.
         default: corners of the data parser's box.
     """
-    coverage = measure(cameras.camera_to_worlds.cpu().numpy())
+    coverage = measure(cameras)
     look_at = coverage.look_at
     if look_at is None or coverage.layout == "outward" or look_at.distance <= 0:
         return default

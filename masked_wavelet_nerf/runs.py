@@ -18,6 +18,7 @@ from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.pipelines.base_pipeline import Pipeline
 from nerfstudio.utils.eval_utils import eval_setup
+from nerfstudio.utils.rich_utils import CONSOLE
 from rich.progress import track
 
 from masked_wavelet_codec import Cameras as SceneCameras
@@ -35,6 +36,8 @@ from masked_wavelet_nerf.scene import (
     scene_from_model,
 )
 
+
+_NUM_DISTORTION = 6
 
 class RunError(UserError):
     """A run cannot be opened; the message says what is missing and what to do."""
@@ -216,14 +219,25 @@ def _dataparser_meta(config: TrainerConfig) -> dict[str, Any]:
     )
 
 
-def _scene_cameras(train: Cameras, evaluation: Cameras) -> SceneCameras:
+def _scene_cameras(train: Cameras, evaluation: Cameras) -> SceneCameras | None:
+    """Cameras as the file has them; None where their lenses have no place in it."""
+    for cameras in (train, evaluation):
+        lens = cameras.distortion_params
+        if lens is not None and lens.shape[-1] != _NUM_DISTORTION:
+            CONSOLE.print(
+                f"Written without cameras: a file holds lenses of {_NUM_DISTORTION} distortion "
+                f"parameters, these have {lens.shape[-1]}.",
+                style="yellow",
+            )
+            return None
+
     def joined(get, dtype) -> np.ndarray:
         parts = [np.asarray(get(cameras).cpu().numpy(), dtype) for cameras in (train, evaluation)]
         return np.concatenate(parts)
 
     def distortion(cameras: Cameras) -> torch.Tensor:
         if cameras.distortion_params is None:
-            return torch.zeros(len(cameras), 6)
+            return torch.zeros(len(cameras), _NUM_DISTORTION)
         return cameras.distortion_params
 
     return SceneCameras(

@@ -149,7 +149,7 @@ def survey_capture(capture: Path, dataparser: str, *, has_gpu: bool) -> Survey:
     photos = {path for outputs in splits.values() for path in outputs.image_filenames}
     sizes = Counter((header.width, header.height) for header in map(read_header, sorted(photos)))
     background = find_background(thumbnails)
-    coverage = measure(train.cameras.camera_to_worlds.double().numpy())
+    coverage = measure(train.cameras)
     suggestion = None
     if not any(fault.is_fatal for fault in faults):
         suggestion = suggest(capture, dataparser, train, coverage, background, has_gpu=has_gpu)

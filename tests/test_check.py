@@ -23,7 +23,12 @@ from nerfstudio.data.scene_box import SceneBox
 from PIL import Image
 
 from masked_wavelet_nerf import check_figure, cli
-from masked_wavelet_nerf.coverage import corner_shift, distances_to_box, half_view, measure
+from masked_wavelet_nerf.coverage import (
+    corner_shift,
+    distances_to_box,
+    half_view,
+    measure_poses,
+)
 from masked_wavelet_nerf.datasets.sample import CAMERA_RADIUS, look_at_origin
 from masked_wavelet_nerf.errors import UserError
 from masked_wavelet_nerf.suggestion import BOUNDED_PLANES, suggest
@@ -56,7 +61,7 @@ def facing(positions, towards=(0.0, 1.0, 0.0)) -> np.ndarray:
 
 
 def test_a_ring_of_cameras_is_seen_as_one():
-    found = measure(RING)
+    found = measure_poses(RING)
     assert found.layout == "inward"
     assert found.up == (0, 0, 1)
     assert found.azimuth_span == pytest.approx(330)
@@ -75,20 +80,20 @@ def test_a_ring_of_cameras_is_seen_as_one():
 
 
 def test_an_arc_spans_its_angle_across_the_azimuth_where_counting_starts():
-    found = measure(around([170, 190, 215, 260]))
+    found = measure_poses(around([170, 190, 215, 260]))
     assert found.azimuth_span == pytest.approx(90)
     assert found.nearest_angle is not None and found.nearest_angle < 25
-    assert measure(around([340, 355, 10, 70])).azimuth_span == pytest.approx(90)
+    assert measure_poses(around([340, 355, 10, 70])).azimuth_span == pytest.approx(90)
 
 
 def test_elevations_are_those_that_the_scene_is_seen_from():
     poses = np.concatenate([around([0, 120, 240], e) for e in (-10.0, 20.0, 75.0)])
-    assert measure(poses).elevations == pytest.approx((-10, 75))
+    assert measure_poses(poses).elevations == pytest.approx((-10, 75))
 
 
 def test_straight_down_has_no_azimuth():
     poses = np.concatenate((around([0, 30, 60, 90], 20.0), around([200], 85.0)))
-    found = measure(poses)
+    found = measure_poses(poses)
     assert found.elevations == pytest.approx((20, 85))
     assert found.azimuth_span == pytest.approx(90)
 
@@ -102,7 +107,7 @@ def test_coverage_does_not_depend_on_how_the_world_is_turned(axis, angle):
     rotation = torch.linalg.matrix_exp(generator).numpy()
     poses = np.concatenate((around([10, 40, 95, 130, 200], 20.0), around([300], 50.0)))
     # The mean up of these is not z: what is up turns along only if the world's axis is near.
-    one, other = measure(poses), measure(np.einsum("ij,njk->nik", rotation, poses))
+    one, other = measure_poses(poses), measure_poses(np.einsum("ij,njk->nik", rotation, poses))
     assert other.widest_angle == pytest.approx(one.widest_angle)
     assert other.nearest_angle == pytest.approx(one.nearest_angle)
     assert other.look_at is not None and one.look_at is not None
@@ -111,13 +116,13 @@ def test_coverage_does_not_depend_on_how_the_world_is_turned(axis, angle):
         assert other.up == pytest.approx(rotation @ one.up, abs=1e-9)
         assert other.azimuth_span == pytest.approx(one.azimuth_span)
         assert other.elevations == pytest.approx(one.elevations)
-    ring = measure(np.einsum("ij,njk->nik", rotation, RING))
+    ring = measure_poses(np.einsum("ij,njk->nik", rotation, RING))
     assert ring.up == pytest.approx(rotation @ (0, 0, 1), abs=1e-9)
     assert ring.azimuth_span == pytest.approx(330)
 
 
 def test_parallel_cameras_face_forward_and_look_at_nothing():
-    found = measure(facing([(x, 0, z) for x in (-1, 0, 1) for z in (-0.5, 0.5)]))
+    found = measure_poses(facing([(x, 0, z) for x in (-1, 0, 1) for z in (-0.5, 0.5)]))
     assert found.layout == "forward"
     assert found.look_at is None
     assert found.widest_angle == found.nearest_angle == pytest.approx(0, abs=1e-5)
@@ -125,14 +130,14 @@ def test_parallel_cameras_face_forward_and_look_at_nothing():
 
 
 def test_cameras_within_45_degrees_of_their_mean_face_forward():
-    assert measure(around([-40, 0, 40], 0.0)).layout == "forward"
-    assert measure(around([-50, 0, 50], 0.0)).layout == "inward"
+    assert measure_poses(around([-40, 0, 40], 0.0)).layout == "forward"
+    assert measure_poses(around([-50, 0, 50], 0.0)).layout == "inward"
 
 
 def test_cameras_that_look_away_from_each_other_look_outward():
     inward = around(range(0, 360, 45), 0.0)
     inward[:, :, [0, 2]] *= -1  # turn round on the spot
-    found = measure(inward)
+    found = measure_poses(inward)
     assert found.layout == "outward"
     assert found.look_at is not None
     assert found.look_at.in_front == 0
@@ -142,13 +147,13 @@ def test_cameras_that_look_away_from_each_other_look_outward():
 def test_cameras_that_turn_at_one_place_look_outward():
     poses = around(range(0, 360, 45), 0.0)
     poses[:, :, 3] = np.random.default_rng(0).normal(scale=0.05, size=(8, 3))
-    assert measure(poses).layout == "outward"
+    assert measure_poses(poses).layout == "outward"
 
 
 def test_cameras_look_inward_only_if_nearly_all_do_and_nearly_at_the_point():
     poses = around(range(0, 360, 36), 0.0)
     poses[::3, :, [0, 2]] *= -1
-    found = measure(poses)
+    found = measure_poses(poses)
     assert found.look_at is not None and found.look_at.in_front == 0.6
     assert found.layout == "outward"
     aside = around(range(0, 360, 36), 0.0)
@@ -156,7 +161,7 @@ def test_cameras_look_inward_only_if_nearly_all_do_and_nearly_at_the_point():
     turn = np.array([[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0]])
     turn = np.vstack((turn, [0, 0, 1]))
     aside[:, :, :3] = turn @ aside[:, :, :3]
-    found = measure(aside)
+    found = measure_poses(aside)
     assert found.look_at is not None and found.look_at.in_front == 1
     assert found.look_at.distance == pytest.approx(2 * math.cos(angle))
     assert found.look_at.miss == pytest.approx(2 * math.sin(angle))
@@ -164,16 +169,16 @@ def test_cameras_look_inward_only_if_nearly_all_do_and_nearly_at_the_point():
 
 
 def test_one_camera_and_none():
-    found = measure(around([20]))
+    found = measure_poses(around([20]))
     assert (found.nearest_angle, found.look_at) == (None, None)
     assert (found.widest_angle, found.azimuth_span) == (0, 0)
     with pytest.raises(ValueError, match="at least one camera"):
-        measure(np.zeros((0, 3, 4)))
+        measure_poses(np.zeros((0, 3, 4)))
 
 
 def test_poses_of_another_shape_are_refused():
     with pytest.raises(Exception, match="poses"):
-        measure(np.zeros((5, 4, 4)))
+        measure_poses(np.zeros((5, 4, 4)))
 
 
 def test_distances_to_a_box():
@@ -528,7 +533,7 @@ def outputs_of(poses, box=1.0, size=(400, 300)) -> DataparserOutputs:
 def suggested(poses, dataparser="nerfstudio-data", background=None, has_gpu=True, **kwargs):
     outputs = outputs_of(poses, **kwargs)
     found = suggest(
-        Path("my capture"), dataparser, outputs, measure(poses), background, has_gpu=has_gpu
+        Path("my capture"), dataparser, outputs, measure_poses(poses), background, has_gpu=has_gpu
     )
     num_flags = sum(word.startswith("--") for word in found.arguments) - 1  # --data
     assert len(found.reasons) == 1 + num_flags
