@@ -115,9 +115,14 @@ class WaveletTrainer(Trainer):
         """Sets everything up.
 
         Raises:
-            TrainingError: if ``load_dir`` has no checkpoint that can be read.
+            TrainingError: if capture, flags or checkpoints do not allow it.
         """
-        super().setup(test_mode)
+        try:
+            super().setup(test_mode)
+        except UserError as error:
+            raise (
+                error if isinstance(error, TrainingError) else TrainingError(str(error))
+            ) from error
         self._watch_losses()
         after = [TrainingCallbackLocation.AFTER_TRAIN_ITERATION]
         self.callbacks.append(TrainingCallback(after, self._complete_step, 1))  # as the last one

@@ -395,6 +395,15 @@ def test_nothing_to_resume_from_names_every_file(two_saves, tiny_config, start, 
         start(config)
 
 
+def test_a_capture_at_fault_ends_training_with_its_message(tiny_config, start, tmp_path):
+    config = tiny_config()
+    manager = config.pipeline.datamanager
+    manager.data = manager.dataparser.data = tmp_path / "gone"
+    with pytest.raises(SystemExit) as caught:
+        start(config)
+    assert "gone: no such capture; expected a folder" in str(caught.value.code)
+
+
 # --- losses that are not finite -------------------------------------------------------------------
 
 
