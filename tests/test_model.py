@@ -31,15 +31,21 @@ def psnr(one: torch.Tensor, other: torch.Tensor) -> float:
     return float(peak_signal_noise_ratio(one, other, data_range=1.0))
 
 
-@pytest.mark.parametrize("stop", [4, 10, 16], ids=["before", "between", "after"])
-@pytest.mark.parametrize("how", ["load_dir", "load_checkpoint"])
-def test_resumed_run_continues_as_if_it_had_not_stopped(tiny_config, train, stop, how):
-    if how == "load_checkpoint" and stop != 10:
-        pytest.skip("one stage is enough for the second way in")
-    _, whole = train(tiny_config("whole", steps=20))
+@pytest.mark.parametrize(
+    ("stop", "how", "method"),
+    [
+        pytest.param(4, "load_dir", "masked_wavelet_bounded", id="before"),
+        pytest.param(10, "load_dir", "masked_wavelet_bounded", id="between"),
+        pytest.param(16, "load_dir", "masked_wavelet_bounded", id="after"),
+        pytest.param(10, "load_checkpoint", "masked_wavelet_bounded", id="checkpoint"),
+        pytest.param(10, "load_dir", "masked_wavelet", id="unbounded"),
+    ],
+)
+def test_resumed_run_continues_as_if_it_had_not_stopped(tiny_config, train, stop, how, method):
+    _, whole = train(tiny_config("whole", steps=20, method=method))
 
-    first, head = train(tiny_config("first", steps=stop + 1))
-    rest = tiny_config("rest", steps=19 - stop)
+    first, head = train(tiny_config("first", steps=stop + 1, method=method))
+    rest = tiny_config("rest", steps=19 - stop, method=method)
     if how == "load_dir":
         rest.load_dir = first.checkpoint_dir
     else:
