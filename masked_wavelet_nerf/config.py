@@ -100,6 +100,10 @@ class MaskedWaveletModelConfig(ModelConfig):
 
     contract: bool = True
     """Unbounded: contract all of space into the planes' cube. Else the scene box is the cube."""
+    ndc: bool = True
+    """Unbounded scenes of forward-facing cameras with depth bounds, as llff-data has them:
+    normalised device coordinates, as in NeRF, in place of the contraction. False contracts them,
+    too, which lets viewers look elsewhere."""
     initial_resolution: int = 128
     """Voxels per side at the start; a box that is no cube gets as many voxels in all."""
     final_resolution: int = 300
@@ -177,8 +181,8 @@ class MaskedWaveletModelConfig(ModelConfig):
     """Unused."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Gives runs that an earlier version saved the defaults of the fields that are newer."""
-        self.__dict__.update({**vars(type(self)()), **state})
+        """Gives runs that an earlier version saved what the fields that are newer stand for."""
+        self.__dict__.update({**vars(type(self)()), "ndc": False, **state})
 
     def field_config(self) -> FieldConfig:
         """The part that fixes the field's parameters."""

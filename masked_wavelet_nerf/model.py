@@ -1,7 +1,9 @@
 """The nerfstudio model: a wavelet-plane field rendered along rays, its losses and its schedule.
 
-World positions become grid points in [-1, 1]³ by the box (bounded scenes) or by contraction
-(unbounded ones). Letters: R rays, S places per ray, N packed samples.
+World positions become grid points in [-1, 1]³ by the box (bounded scenes), by contraction
+(unbounded ones) or by a box in normalised device coordinates (forward-facing ones).
+
+Letters: R rays, S places per ray, N packed samples.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from nerfstudio.viewer_legacy.server.viewer_utils import IOChangeException
 from torch import Tensor
 from torch.nn import Parameter
 
-from masked_wavelet_nerf import accelerators, native, sensitivity, threads, unbounded
+from masked_wavelet_nerf import accelerators, native, ndc, sensitivity, threads, unbounded
 from masked_wavelet_nerf.config import MaskedWaveletModelConfig
 from masked_wavelet_nerf.errors import UserError
 from masked_wavelet_nerf.field import SpatialField, WaveletPlaneField
@@ -82,12 +84,20 @@ class MaskedWaveletModel(Model):
 
     config: MaskedWaveletModelConfig
     aabb: Float[Tensor, "2 3"]
+    """Box of the planes: in the world, or in normalised device coordinates."""
+    projection: Float[Tensor, "4 4"] | None
+    """World to clip coordinates of forward-facing scenes."""
 
     def populate_modules(self) -> None:
         """Builds field, occupancy, samplers and renderers."""
         config = self.config
         self.register_buffer("aabb", self.scene_box.aabb.clone().float())
-        if config.contract:
+        self.register_buffer("projection", None)
+        forward_facing = self.kwargs.get("metadata", {}).get("forward_facing")
+        if config.contract and config.ndc and forward_facing is not None:
+            self.projection = forward_facing.projection.clone()
+            self.aabb.copy_(forward_facing.box)
+        elif config.contract:
             self._set_region(self.aabb.clone())
         self.field = WaveletPlaneField(
             config.field_config(), self._resolution(config.initial_resolution)
@@ -234,7 +244,9 @@ class MaskedWaveletModel(Model):
 
     def grid_points(self, positions: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*batch 3"]:
         """World positions to points in [-1, 1]³ of the planes."""
-        if self.config.contract:
+        if self.projection is not None:
+            positions = ndc.project(positions, self.projection)
+        elif self.config.contract:
             centre, half = self._region()
             return unbounded.contract((positions - centre) / half)
         return (positions - self.aabb[0]) * (2 / (self.aabb[1] - self.aabb[0])) - 1
@@ -262,17 +274,16 @@ class MaskedWaveletModel(Model):
         config = self.config
         jitter = torch.rand_like(rays.nears) if self.training else None
         if config.contract:
+            numbers = config.distance_scale, self._proposal(spatial), config.num_samples, jitter
+            if self.projection is not None:
+                mapped = ndc.to_box_rays(rays.origins, rays.directions, self.projection)
+                centre, half = self.aabb.mean(dim=0), (self.aabb[1] - self.aabb[0]) / 2
+                origins, directions = (mapped.origins - centre) / half, mapped.directions / half
+                limits = mapped.nears, mapped.fars
+                return unbounded.propose(origins, directions, *limits, *numbers, contracted=False)
             centre, half = self._region()
-            return unbounded.propose(
-                (rays.origins - centre) / half,
-                rays.directions / half,
-                rays.nears,
-                rays.fars,
-                config.distance_scale,
-                self._proposal(spatial),
-                config.num_samples,
-                jitter,
-            )
+            origins, directions = (rays.origins - centre) / half, rays.directions / half
+            return unbounded.propose(origins, directions, rays.nears, rays.fars, *numbers)
         fars, num_steps = rays.fars, self._num_steps
         if self.training:
             # Near and far bound training only, as in nerfstudio: a viewer may come as close, and go
@@ -305,7 +316,7 @@ class MaskedWaveletModel(Model):
         density = self.field.density(spatial, samples.points)
         optical_depth = density * (samples.lengths * config.distance_scale)
         least = config.colour_weight_threshold if self.training else 0.0
-        spacings = unbounded.spacings(samples) if self._has_distortion else None
+        spacings = self._spacings(samples) if self._has_distortion else None
         accumulation, distance, distortion, colours = composite(
             samples, optical_depth, len(ray_bundle), least, config.colour_mass, spacings
         )
@@ -313,11 +324,23 @@ class MaskedWaveletModel(Model):
         outputs = {
             "rgb": self._over_background(rgb, accumulation),
             "accumulation": accumulation,
-            "depth": distance / accumulation.clamp(min=1e-6),
+            "depth": self._depth(distance / accumulation.clamp(min=1e-6), ray_bundle),
         }
         if self.training:
             self._spatial_of_step, self._distortion_of_step = spatial, distortion
         return outputs
+
+    def _spacings(self, samples: PackedSamples) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+        if self.projection is None:
+            return unbounded.spacings(samples)
+        assert isinstance(samples.lengths, Tensor)
+        return samples.middles, samples.lengths
+
+    def _depth(self, places: Float[Tensor, "R 1"], rays: RayBundle) -> Float[Tensor, "R 1"]:
+        """World distances of places along rays."""
+        if self.projection is None:
+            return places
+        return ndc.distance_at(places, rays.origins, rays.directions, self.projection)
 
     def _colour_of_rays(
         self,
@@ -522,6 +545,9 @@ class MaskedWaveletModel(Model):
         """At the start of a training, where an unbounded scene is looked at."""
         trainer, pipeline = attributes.trainer, attributes.pipeline
         if not self.config.contract or trainer is None or trainer._start_step > 0:
+            return
+        if self.projection is not None:
+            CONSOLE.log("Cameras look the same way: planes in normalised device coordinates.")
             return
         dataset = pipeline.datamanager.train_dataset  # pyright: ignore[reportOptionalMemberAccess]
         assert dataset is not None

@@ -455,6 +455,7 @@ def proposed_samples(
     even_share: float,
     num_bins: int,
     num_samples: int,
+    contracted: bool,
 ) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"], Float[Tensor, " N"], Float[Tensor, "N 3"]]:
     """Ray, distance, length and point of the samples of ``unbounded.propose``."""
     kernels = _kernels()
@@ -465,7 +466,8 @@ def proposed_samples(
     nodes = density.detach().contiguous().numpy()
     middles, lengths = torch.empty(num_rays * num_samples), torch.empty(num_rays * num_samples)
     points = torch.empty(num_rays * num_samples, 3)
-    numbers = np.float32(density_scale), np.float32(even_share / num_bins), num_bins, num_samples
+    shares = np.float32(density_scale), np.float32(even_share / num_bins)
+    numbers = *shares, num_bins, num_samples, contracted
     outputs = middles.numpy(), lengths.numpy(), points.numpy()
     arguments = *rays, *spacings, nodes, *numbers, *outputs
     work = functools.partial(kernels.proposed_places, *arguments)

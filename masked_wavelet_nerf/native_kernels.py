@@ -673,20 +673,32 @@ def pack_places(
 
 
 @_jit
-def _distance(spacing):
+def _distance(spacing, contracted):
+    if not contracted:
+        return spacing
     if spacing < _f32(0.5):
         return _f32(2) * spacing
     return _f32(0.5) / (_f32(1) - spacing)
 
 
 @_jit
-def _contracted(origins, directions, r, t):
+def _point(origins, directions, r, t, contracted):
     x = origins[r, 0] + directions[r, 0] * t
     y = origins[r, 1] + directions[r, 1] * t
     z = origins[r, 2] + directions[r, 2] * t
+    if not contracted:
+        return x, y, z
     largest = max(abs(x), abs(y), abs(z), _f32(1))
     factor = (_f32(1) - _f32(0.5) / largest) / largest
     return x * factor, y * factor, z * factor
+
+
+@_jit
+def _node(x, half, last):
+    node = np.rint((x + _f32(1)) * half)
+    if node < 0:
+        return _f32(0)
+    return _f32(last) if node > last else node
 
 
 @_jit
@@ -701,30 +713,32 @@ def proposed_places(
     even,
     num_bins,
     num_samples,
+    contracted,
     middles,
     lengths,
     points,
     start,
     stop,
 ):
-    """Distance, length and contracted point of the samples of rays ``start … stop - 1``.
+    """Distance, length and point of the samples of rays ``start … stop - 1``.
 
-    ``near`` and ``far`` are spacings. Bins of the proposal look their density up at the node
-    nearest to their middle; samples lie between quantiles of its weights, ``even`` more in each.
+    ``near`` and ``far`` are spacings; ``contracted`` as in ``unbounded.propose``. Bins of the
+    proposal look their density up at the node nearest to their middle; samples lie between
+    quantiles of its weights, ``even`` more in each.
     """
     last = len(density) - 1
     half = _f32(last) * _f32(0.5)
     sums = np.empty(num_bins + 1, np.float32)
     for r in range(start, stop):
         first, extent = near[r], far[r] - near[r]
-        begin = _distance(first)
+        begin = _distance(first, contracted)
         depth, total = _f32(0), _f32(0)
         sums[0] = 0
         for i in range(num_bins):
-            end = _distance(first + extent * (_f32(i + 1) / _f32(num_bins)))
-            x, y, z = _contracted(origins, directions, r, (begin + end) * _f32(0.5))
+            end = _distance(first + extent * (_f32(i + 1) / _f32(num_bins)), contracted)
+            x, y, z = _point(origins, directions, r, (begin + end) * _f32(0.5), contracted)
             # As numbers, before they become indices: NaN has none.
-            x, y, z = np.rint((x + 1) * half), np.rint((y + 1) * half), np.rint((z + 1) * half)
+            x, y, z = _node(x, half, last), _node(y, half, last), _node(z, half, last)
             opacity = _f32(0)
             if 0 <= x <= last and 0 <= y <= last and 0 <= z <= last:
                 here = density[np.int64(x), np.int64(y), np.int64(z)] * (end - begin) * scale
@@ -740,13 +754,13 @@ def proposed_places(
             while i < num_bins - 1 and sums[i + 1] <= wanted:
                 i += 1
             within = min(max((wanted - sums[i]) / (sums[i + 1] - sums[i]), _f32(0)), _f32(1))
-            end = _distance(first + extent * ((_f32(i) + within) / _f32(num_bins)))
+            end = _distance(first + extent * ((_f32(i) + within) / _f32(num_bins)), contracted)
             if k > 0:
                 n = r * num_samples + k - 1
                 middle = (begin + end) * _f32(0.5)
                 middles[n], lengths[n] = middle, end - begin
-                points[n, 0], points[n, 1], points[n, 2] = _contracted(
-                    origins, directions, r, middle
+                points[n, 0], points[n, 1], points[n, 2] = _point(
+                    origins, directions, r, middle, contracted
                 )
             begin = end
 

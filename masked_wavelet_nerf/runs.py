@@ -29,6 +29,7 @@ from masked_wavelet_nerf.config import MaskedWaveletModelConfig
 from masked_wavelet_nerf.errors import UserError
 from masked_wavelet_nerf.files import replace_file
 from masked_wavelet_nerf.model import MaskedWaveletModel
+from masked_wavelet_nerf.ndc import ForwardFacing
 from masked_wavelet_nerf.scene import (
     config_from_json,
     config_to_json,
@@ -36,8 +37,8 @@ from masked_wavelet_nerf.scene import (
     scene_from_model,
 )
 
-
 _NUM_DISTORTION = 6
+
 
 class RunError(UserError):
     """A run cannot be opened; the message says what is missing and what to do."""
@@ -122,16 +123,20 @@ def _load_model(config: TrainerConfig, checkpoint: Path) -> tuple[MaskedWaveletM
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     prefix = "_model."
     weights = {k[len(prefix) :]: v for k, v in state["pipeline"].items() if k.startswith(prefix)}
-    model = _build_model(config.pipeline.model, weights["aabb"])  # pyright: ignore[reportArgumentType]
+    placed = weights["aabb"], weights.get("projection")
+    model = _build_model(config.pipeline.model, *placed)  # pyright: ignore[reportArgumentType]
     model.load_state_dict(weights)
     return model, int(state["step"])
 
 
-def _build_model(config: MaskedWaveletModelConfig, box: torch.Tensor) -> MaskedWaveletModel:
+def _build_model(
+    config: MaskedWaveletModelConfig, box: torch.Tensor, projection: torch.Tensor | None
+) -> MaskedWaveletModel:
     # Small to begin with: loading gives the grids their size.
     config = copy.deepcopy(config)
     config.initial_resolution = 4
-    model = config.setup(scene_box=SceneBox(aabb=box), num_train_data=1, metadata={})
+    metadata = {} if projection is None else {"forward_facing": ForwardFacing(projection, box)}
+    model = config.setup(scene_box=SceneBox(aabb=box), num_train_data=1, metadata=metadata)
     return model.eval()
 
 
@@ -268,11 +273,25 @@ def model_of_scene(scene: Scene) -> MaskedWaveletModel:
         raise CodecError("meta: no model configuration; not a masked-wavelet scene")
     config = config_from_json(MaskedWaveletModelConfig(), meta["model"])
     config.bits = scene.bits
-    model = _build_model(config, torch.tensor(meta["box"], dtype=torch.float32))
+    projection = _numbers(meta, "projection", (4, 4)) if "projection" in meta else None
+    model = _build_model(config, _numbers(meta, "box", (2, 3)), projection)
     model.config.initial_resolution = config.initial_resolution
     load_scene_into(model, scene)
     model.refresh()
     return model
+
+
+def _numbers(meta: dict[str, Any], name: str, shape: tuple[int, int]) -> torch.Tensor:
+    try:
+        found = torch.tensor(meta[name], dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError):
+        found = torch.empty(0)
+    if found.shape != shape or not bool(found.isfinite().all()):
+        raise CodecError(
+            f"meta: {name} {meta[name]!r:.80}; expected {shape[0]} × {shape[1]} numbers: the file "
+            "is damaged, ask for it again"
+        )
+    return found
 
 
 def write_run(scene: Scene, output_dir: Path, data: Path | None = None) -> Path:

@@ -29,6 +29,7 @@ class _Model(Protocol):
     field: WaveletPlaneField
     occupancy: OccupancyGrid
     aabb: Tensor
+    projection: Tensor | None
 
 
 class SceneMismatchError(UserError):
@@ -50,11 +51,15 @@ def scene_from_model(
     Args:
         model: trained model.
         bits: quantiser width 2–16: the model's own, or, if it trained without one, any.
-        meta: what else the file says, JSON only. ``box`` (aabb) is added.
+        meta: what else the file says, JSON only. ``box`` (aabb) is added, and ``projection`` where
+            the scene has one.
         cameras: cameras of the capture, if known.
     """
+    placed: dict[str, Any] = {"box": model.aabb.tolist()}
+    if model.projection is not None:
+        placed["projection"] = model.projection.tolist()
     return Scene(
-        meta={**meta, "box": [[float(x) for x in corner] for corner in model.aabb.tolist()]},
+        meta={**meta, **placed},
         bits=bits,
         grids=stored_grids(model.field, bits),
         networks=stored_networks(model.field),

@@ -5,6 +5,9 @@ that it is filled). Distance along a ray is spaced evenly up to 1 and by its inv
 samples go is proposed by densities on a coarse grid of nodes, which come from the planes
 themselves: nothing else has to be trained, or sent.
 
+Rays in normalised device coordinates (:mod:`.ndc`) are sampled in the same way, but for contraction
+and spacing, which the coordinates have in them.
+
 Letters: R rays, P bins of the proposal, S samples of a ray, N = R · S, X nodes along an axis.
 """
 
@@ -83,6 +86,7 @@ def propose(
     proposal: Proposal,
     num_samples: int,
     jitter: Float[Tensor, "R 1"] | None,
+    contracted: bool = True,
 ) -> PackedSamples:
     """Samples where the proposal's weights of volume rendering are, and some everywhere.
 
@@ -97,24 +101,29 @@ def propose(
         proposal: see :func:`proposal`.
         num_samples: S.
         jitter: shift of a ray's quantiles in [0, 1), 0.5 if None.
+        contracted: contract points, and space distances by their inverse beyond 1; else the rays
+            stay in [-1, 1]³, evenly spaced.
     """
     if jitter is None:
         jitter = torch.full_like(nears, 0.5)
-    start, stop = spacing_at(nears), spacing_at(fars)
+    start, stop = (spacing_at(nears), spacing_at(fars)) if contracted else (nears, fars)
     tensors = origins, directions, start, stop, jitter, proposal.density
     if native.serves(*tensors) and not any(t.requires_grad for t in tensors):
-        numbers = density_scale, EVEN_SHARE, proposal.num_bins, num_samples
+        numbers = density_scale, EVEN_SHARE, proposal.num_bins, num_samples, contracted
         return PackedSamples(*native.proposed_samples(*tensors, *numbers))
     with torch.no_grad():
         quantiles = (torch.arange(num_samples + 1, device=nears.device) + jitter) / (
             num_samples + 1
         )
         spacing = _at_quantiles(
-            _weights(origins, directions, start, stop, density_scale, proposal), quantiles
+            _weights(origins, directions, start, stop, density_scale, proposal, contracted),
+            quantiles,
         )
-        edges = distance_at(start + (stop - start) * spacing)
+        edges = start + (stop - start) * spacing
+        edges = distance_at(edges) if contracted else edges
     middles, lengths = (edges[:, 1:] + edges[:, :-1]) / 2, edges.diff(dim=-1)
-    points = contract(origins[:, None] + directions[:, None] * middles[..., None])
+    points = origins[:, None] + directions[:, None] * middles[..., None]
+    points = contract(points) if contracted else points
     ray = torch.arange(len(origins), device=nears.device).repeat_interleave(num_samples)
     return PackedSamples(ray, middles.flatten(), lengths.flatten(), points.view(-1, 3))
 
@@ -126,13 +135,16 @@ def _weights(
     stop: Float[Tensor, "R 1"],
     density_scale: float,
     proposal: Proposal,
+    contracted: bool,
 ) -> Float[Tensor, "R P"]:
     """The proposal's weights in P bins between two spacings, and a share for all of them."""
     num_bins, last = proposal.num_bins, len(proposal.density) - 1
     steps = torch.arange(num_bins + 1, device=start.device) / num_bins
-    edges = distance_at(start + (stop - start) * steps)
+    edges = start + (stop - start) * steps
+    edges = distance_at(edges) if contracted else edges
     middles = (edges[:, 1:] + edges[:, :-1]) / 2
-    points = contract(origins[:, None] + directions[:, None] * middles[..., None])
+    points = origins[:, None] + directions[:, None] * middles[..., None]
+    points = contract(points) if contracted else points
     nodes = ((points + 1) * (last / 2)).round_().long().clamp_(0, last)  # NaN has to stay inside
     x, y, z = nodes.unbind(dim=-1)
     depths = proposal.density[x, y, z] * (edges.diff(dim=-1) * density_scale)

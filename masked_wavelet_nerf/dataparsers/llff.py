@@ -33,6 +33,7 @@ from masked_wavelet_nerf.dataparsers.captures import (
     list_photos,
     photo_size,
 )
+from masked_wavelet_nerf.ndc import find_forward_facing
 
 _SUFFIXES = [".png", ".jpg", ".jpeg"]
 _FOLDERS = ["images", "images_4", "images_8"]
@@ -67,7 +68,8 @@ class LLFF(DataParser):
     Poses are camera to world with columns down, right, backward, position, as LLFF stores them;
     the cameras returned are nerfstudio's, x right, y up, z backward. The unit of length is such
     that the nearest depth bound lies at ``near_distance``. The metadata hold the depth bounds of
-    every view in that unit, as nears and fars.
+    every view in that unit, as nears and fars, and where the cameras for training all look the same
+    way the box of what they see, as forward_facing.
 
     Raises:
         CaptureError: if the capture is incomplete or malformed.
@@ -110,6 +112,13 @@ class LLFF(DataParser):
         intrinsics = torch.from_numpy(_scale_intrinsics(chosen, sizes[views]))
         width, height, fx, fy = intrinsics.T[..., None]
         nears, fars = (torch.from_numpy(bounds[views]) * scale).float().T
+        trained = torch.from_numpy(np.flatnonzero(~is_test))
+        half_views = torch.from_numpy(sizes[:, [1, 0]] / (2 * sizes[:, 2:]))
+        forward_facing = find_forward_facing(
+            oriented[trained, :3],
+            half_views[trained],
+            torch.from_numpy(bounds[:, 0])[trained] * scale,
+        )
         return DataparserOutputs(
             image_filenames=chosen,
             cameras=Cameras(
@@ -125,7 +134,7 @@ class LLFF(DataParser):
             scene_box=SceneBox(aabb=torch.tensor([[-1.0] * 3, [1.0] * 3])),
             dataparser_transform=transform,
             dataparser_scale=scale,
-            metadata={"nears": nears, "fars": fars},
+            metadata={"nears": nears, "fars": fars, "forward_facing": forward_facing},
         )
 
 
