@@ -345,7 +345,7 @@ def write_run(scene: Scene, output_dir: Path, data: Path | None = None) -> Path:
     }
     models = output_dir / "nerfstudio_models"
     models.mkdir(parents=True, exist_ok=True)
-    for stale in models.glob("step-*.ckpt"):
+    for stale in models.glob("step-*"):  # what a killed decoding has left, too
         stale.unlink()
     path = models / f"step-{checkpoint['step']:09d}.ckpt"
     replace_file(path, lambda temporary: torch.save(checkpoint, temporary))

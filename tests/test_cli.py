@@ -113,6 +113,25 @@ def test_a_decoded_run_takes_photos_in_the_size_it_was_measured_with(bench, tmp_
             write_run(scene, tmp_path)
 
 
+def test_decoding_again_clears_away_what_a_killed_one_left(bench, tmp_path, monkeypatch):
+    _, folder = bench
+    scene, models = codec.read(folder / "scene.mwnf"), tmp_path / "nerfstudio_models"
+
+    def save_half(_, path):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patches:
+        patches.setattr(Path, "unlink", lambda *_, **__: None)
+        patches.setattr("torch.save", save_half)
+        with pytest.raises(KeyboardInterrupt):
+            write_run(scene, tmp_path)
+    (left,) = [path.name for path in models.iterdir()]
+    assert int(left[left.find("-") + 1 : left.find(".")]) == 39  # as nerfstudio reads names
+    write_run(scene, tmp_path)
+    assert [path.name for path in models.iterdir()] == ["step-000000039.ckpt"]
+
+
 def test_ns_export_writes_the_same_file_as_bench(bench, tmp_path):
     _, folder = bench
     config = folder / "masked-wavelet-bounded" / "trained" / "config.yml"

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
-from PIL import Image, UnidentifiedImageError
 
 from masked_wavelet_nerf.errors import UserError
 
@@ -85,18 +84,3 @@ def list_photos(folder: Path, suffixes: Sequence[str]) -> list[Path]:
             "unpack the capture again"
         )
     return photos
-
-
-def photo_size(path: Path) -> tuple[int, int]:
-    """Width and height in pixels, from the header alone.
-
-    Raises:
-        CaptureError: if the file is no image.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except UnidentifiedImageError as error:
-        raise CaptureError(
-            f"{path}: not an image; expected a photo: unpack the capture again"
-        ) from error

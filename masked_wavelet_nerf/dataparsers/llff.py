@@ -31,9 +31,9 @@ from masked_wavelet_nerf.dataparsers.captures import (
     check_pose,
     check_positive,
     list_photos,
-    photo_size,
 )
 from masked_wavelet_nerf.ndc import find_forward_facing
+from masked_wavelet_nerf.photos import read_header
 
 _SUFFIXES = [".png", ".jpg", ".jpeg"]
 _FOLDERS = ["images", "images_4", "images_8"]
@@ -205,7 +205,8 @@ def _photo_folder(folder: Path, downscale_factor: int | None) -> Path:
             "capture again, or give downscale_factor K for images_K"
         )
     for candidate in found:
-        if max(photo_size(list_photos(candidate, _SUFFIXES)[0])) <= _LONGEST_SIDE:
+        photo = read_header(list_photos(candidate, _SUFFIXES)[0])
+        if max(photo.width, photo.height) <= _LONGEST_SIDE:
             return candidate
     return found[-1]
 
@@ -216,7 +217,7 @@ def _scale_intrinsics(
     """Width, height and focal lengths in x and y, in pixels of the photos."""
     scaled = []
     for photo, (height, width, focal) in zip(photos, sizes, strict=True):
-        real_width, real_height = photo_size(photo)
+        _, real_width, real_height, *_ = read_header(photo)
         x_scale, y_scale = real_width / width, real_height / height
         # A side that was rounded to whole pixels is off by less than one.
         if abs(x_scale - y_scale) > max(1 / width, 1 / height):

@@ -32,8 +32,8 @@ from masked_wavelet_nerf.dataparsers.captures import (
     check_pose,
     check_positive,
     list_photos,
-    photo_size,
 )
+from masked_wavelet_nerf.photos import read_header
 
 # Tanks & Temples has no 2_: its 1_ are the test views.
 _PREFIXES = {"train": ("0_",), "val": ("1_", "2_"), "test": ("2_", "1_")}
@@ -199,14 +199,14 @@ def _find_photos(folder: Path, split: str) -> list[Path]:
 
 
 def _common_size(photos: Sequence[Path]) -> tuple[int, int]:
-    width, height = photo_size(photos[0])
-    for photo in photos:
-        if photo_size(photo) != (width, height):
+    first = read_header(photos[0])
+    for photo in map(read_header, photos):
+        if (photo.width, photo.height) != (first.width, first.height):
             raise CaptureError(
-                f"{photo}: {' × '.join(map(str, photo_size(photo)))} pixels; expected {width} × "
-                f"{height} as {photos[0].name} has, for they share intrinsics.txt: resize it"
+                f"{photo.path}: {photo.width} × {photo.height} pixels; expected {first.width} × "
+                f"{first.height} as {photos[0].name} has, for they share intrinsics.txt: resize it"
             )
-    return width, height
+    return first.width, first.height
 
 
 def _read_numbers(path: Path) -> list[list[float]]:
