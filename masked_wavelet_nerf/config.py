@@ -1,18 +1,16 @@
-"""Every number that a user can set, with what it does: the configuration of the model."""
+"""Every number that a user can set, with what it does: that of the scene, and that of training."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import tyro
 from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
 from nerfstudio.models.base_model import ModelConfig
 
-from masked_wavelet_nerf.field import FieldConfig
-from masked_wavelet_nerf.planes import PlanesName, ReduceName
 from masked_wavelet_nerf.rate import PenaltyName
-from masked_wavelet_nerf.wavelet import TransformName
+from masked_wavelet_nerf.settings import SceneSettings
 
 
 def _model_class() -> type:
@@ -22,28 +20,12 @@ def _model_class() -> type:
 
 
 @dataclass
-class MaskedWaveletModelConfig(ModelConfig):
+class MaskedWaveletModelConfig(SceneSettings, ModelConfig):
     """A radiance field of masked wavelet coefficients."""
 
     _target: type = field(default_factory=_model_class)
     """Target class to instantiate."""
 
-    planes: PlanesName = "vm"
-    """vm: three planes, each times a line (TensoRF). triplane: three planes only."""
-    triplane_reduce: ReduceName = "product"
-    """How a tri-plane combines its three planes."""
-    transform: TransformName = "wavelet"
-    """What planes are stored as: wavelet or DCT coefficients, or the spatial values themselves."""
-    wavelet: str = "bior4.4"
-    """Discrete wavelet by its PyWavelets name: haar, db2, bior2.2, bior4.4, coif1, sym4, …"""
-    levels: int = 4
-    """Levels of the wavelet transform, 0 to 6."""
-    level_scaling: bool = True
-    """Store finer levels magnified, so that they are learnt more slowly."""
-    bits: int | None = 8
-    """Width of the quantiser in training and in the file, 2 to 16; None trains without one."""
-    masks: bool = True
-    """Give every coefficient a trainable mask."""
     mask_weight: float = 1e-10
     """λ, the weight of the mask penalty: larger gives smaller files. The paper's values are 1e-10,
     5e-11 and 2.5e-11 for 300³ voxels; smaller grids and shorter trainings want more."""
@@ -52,7 +34,6 @@ class MaskedWaveletModelConfig(ModelConfig):
     on each logit times what keeping its coefficient costs in the file. mean: the expected kept
     fraction, so that λ (some 1e-3) weighs the same at every grid size; masks then close early while
     the grid is small."""
-
     rate_steps: tuple[int, ...] = (
         8000,
         10000,
@@ -70,36 +51,11 @@ class MaskedWaveletModelConfig(ModelConfig):
     suit_quantiser: bool = True
     """At rate_steps, give every band the quantiser step that suits what errors cost there and what
     λ says that bits are worth; ``bits`` is the finest. Else all bands keep the same width."""
-
     target_bytes: int | None = None
     """Size of the file to be reached: λ is steered from the first of rate_steps on, until the size
     is there within some per cent. Networks, cameras and occupancy count, too."""
-
-    num_density_components: int = 16
-    """Density components of each plane."""
-    num_appearance_components: int = 48
-    """Appearance components of each plane."""
-    appearance_dim: int = 27
-    """Features of the colour network, after the linear appearance map."""
-    hidden_dim: int = 128
-    """Width of the colour network's two hidden layers."""
-    num_frequencies: int = 2
-    """Frequencies of the encoding of appearance features and view direction."""
-    network_biases: bool = True
-    """Give the colour network biases, as in the paper. Without, tiny-cuda-nn can run it on CUDA."""
-    network_bits: int | None = 8
-    """Width of the integers, 2 to 16, that appearance map and colour network become in evaluation
-    and in the file; None keeps floats, four times as large."""
     network_rounding_step: int = 15000
-    """Step from which training computes with those integers, too: matters below 8 bits."""
-    density_shift: float = -4.0
-    """Density = softplus(features + shift): how empty the scene starts. Unbounded scenes start as
-    thin fog, or rays would learn from what is nearest and farthest; bounded ones (-10) empty."""
-    distance_scale: float = 25.0
-    """Factor on the distance between samples, as in TensoRF."""
-
-    contract: bool = True
-    """Unbounded: contract all of space into the planes' cube. Else the scene box is the cube."""
+    """Step from which training computes with the integers of network_bits, too: matters below 8."""
     ndc: bool = True
     """Unbounded scenes of forward-facing cameras with depth bounds, as llff-data has them:
     normalised device coordinates, as in NeRF, in place of the contraction. False contracts them,
@@ -120,33 +76,11 @@ class MaskedWaveletModelConfig(ModelConfig):
     """Bounded scenes: shrink the box to what is occupied at the first occupancy step."""
     restrict_rays: bool = True
     """Bounded scenes: after an occupancy step train only on pixels that can see something."""
-
     near_plane: float = 0.05
     """Distance from the camera at which sampling starts in training."""
-    far_plane: float = 1000.0
-    """Distance from the camera at which sampling ends in training."""
-    step_ratio: float = 0.5
-    """Bounded scenes: distance between samples, in voxels."""
-    num_samples: int = 48
-    """Unbounded scenes: samples along a ray, placed where a coarse level of the planes has density
-    and a few everywhere."""
-    num_proposal_bins: int = 96
-    """Unbounded scenes: bins along a ray in which that density is looked up, half of them within a
-    distance of 1."""
-    proposal_resolution: int = 64
-    """Unbounded scenes: texels per side of that coarse level."""
     colour_weight_threshold: float = 1e-4
     """Training: samples of no more weight in their pixel get no colour; they darken it a little,
     which clears empty space."""
-    colour_mass: float = 0.05
-    """Neighbouring samples share a colour, at their centre of mass, for about so much weight in
-    their pixel. 0 gives each its own, which takes two to four times as many."""
-    render_weight_threshold: float = 1e-3
-    """Rendering: what has no more than this share of its ray's opacity takes the colour of the rest
-    of it."""
-    background_color: Literal["white", "black", "random"] = "random"
-    """Colour behind the scene; random trains against a random one and renders over black."""
-
     l1_weight_initial: float = 8e-5
     """Weight of the mean absolute value of the density planes; in bounded scenes until the first
     occupancy step."""
@@ -159,7 +93,6 @@ class MaskedWaveletModelConfig(ModelConfig):
     """Weight of the total variation of the density planes, taken in the spatial domain."""
     tv_weight_appearance: float = 0.0
     """Weight of the total variation of the appearance planes, taken in the spatial domain."""
-
     camera_optimizer: CameraOptimizerConfig = field(
         default_factory=lambda: CameraOptimizerConfig(mode="off")
     )
@@ -168,7 +101,6 @@ class MaskedWaveletModelConfig(ModelConfig):
     photo_appearance_dim: int = 0
     """Numbers that each training photo has of its own for exposure and white balance, some 8; 0 for
     none. Evaluation shows the average photo, and nothing of it is in the file."""
-
     eval_num_rays_per_chunk: int = 4096
     """Rays rendered at once in evaluation; on CUDA eight times as many."""
     enable_collider: tyro.conf.Suppress[bool] = True
@@ -183,24 +115,3 @@ class MaskedWaveletModelConfig(ModelConfig):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Gives runs that an earlier version saved what the fields that are newer stand for."""
         self.__dict__.update({**vars(type(self)()), "ndc": False, **state})
-
-    def field_config(self) -> FieldConfig:
-        """The part that fixes the field's parameters."""
-        return FieldConfig(
-            planes=self.planes,
-            reduce=self.triplane_reduce,
-            num_density_components=self.num_density_components,
-            num_appearance_components=self.num_appearance_components,
-            appearance_dim=self.appearance_dim,
-            hidden_dim=self.hidden_dim,
-            num_frequencies=self.num_frequencies,
-            network_biases=self.network_biases,
-            network_bits=self.network_bits,
-            density_shift=self.density_shift,
-            transform=self.transform,
-            wavelet=self.wavelet,
-            num_levels=self.levels,
-            level_scaling=self.level_scaling,
-            bits=self.bits,
-            masks=self.masks,
-        )

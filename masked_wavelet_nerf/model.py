@@ -1,9 +1,6 @@
 """The nerfstudio model: a wavelet-plane field rendered along rays, its losses and its schedule.
 
-World positions become grid points in [-1, 1]³ by the box (bounded scenes), by contraction
-(unbounded ones) or by a box in normalised device coordinates (forward-facing ones).
-
-Letters: R rays, S places per ray, N packed samples.
+Letters: R rays, N packed samples.
 """
 
 from __future__ import annotations
@@ -16,7 +13,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from nerfacc import accumulate_along_rays
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager
 from nerfstudio.data.scene_box import SceneBox
@@ -35,7 +31,7 @@ from nerfstudio.viewer_legacy.server.viewer_utils import IOChangeException
 from torch import Tensor
 from torch.nn import Parameter
 
-from masked_wavelet_nerf import accelerators, native, ndc, sensitivity, threads, unbounded
+from masked_wavelet_nerf import accelerators, native, rendering, sensitivity, threads, unbounded
 from masked_wavelet_nerf.config import MaskedWaveletModelConfig
 from masked_wavelet_nerf.errors import UserError
 from masked_wavelet_nerf.field import SpatialField, WaveletPlaneField
@@ -45,13 +41,7 @@ from masked_wavelet_nerf.photo_appearance import PhotoAppearance
 from masked_wavelet_nerf.rate import mask_penalty, suited_integers
 from masked_wavelet_nerf.rate_control import RateControl
 from masked_wavelet_nerf.region import region_of_interest
-from masked_wavelet_nerf.sampling import (
-    OccupancyGrid,
-    PackedSamples,
-    SharedColours,
-    composite,
-    march,
-)
+from masked_wavelet_nerf.sampling import OccupancyGrid, PackedSamples
 
 _RAYS_PER_CHUNK = 1 << 14
 """Rays that are asked at once whether they can see anything."""
@@ -226,15 +216,13 @@ class MaskedWaveletModel(Model):
     def _on_box_changed(self) -> None:
         """Recomputes what depends on box and resolution: collider, step size, steps per ray."""
         config = self.config
-        extent = (self.aabb[1] - self.aabb[0]).tolist()
         if config.contract:
             self.collider = NearFarCollider(config.near_plane, config.far_plane)
             return
         box = SceneBox(aabb=self.aabb)
         self.collider = AABBBoxCollider(box, near_plane=config.near_plane)
-        voxels = [e / (n - 1) for e, n in zip(extent, self.field.resolution, strict=True)]
-        self._step_size = config.step_ratio * sum(voxels) / 3
-        self._num_steps = math.ceil(math.hypot(*extent) / self._step_size) + 1
+        resolution = self.field.resolution
+        self._step_size, self._num_steps = self.space.steps(resolution, config.step_ratio)
 
     def _set_region(self, region: Float[Tensor, "2 3"]) -> None:
         """Unbounded scenes: what is not contracted; the planes' box is twice as wide, and all."""
@@ -242,30 +230,20 @@ class MaskedWaveletModel(Model):
         self.aabb.copy_(centre + 2 * (region - centre))
         self._on_box_changed()
 
-    def grid_points(self, positions: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*batch 3"]:
-        """World positions to points in [-1, 1]³ of the planes."""
-        if self.projection is not None:
-            positions = ndc.project(positions, self.projection)
-        elif self.config.contract:
-            centre, half = self._region()
-            return unbounded.contract((positions - centre) / half)
-        return (positions - self.aabb[0]) * (2 / (self.aabb[1] - self.aabb[0])) - 1
-
-    def _region(self) -> tuple[Float[Tensor, " 3"], Float[Tensor, " 3"]]:
-        """Middle of what is not contracted, and half of its extent."""
-        return self.aabb.mean(dim=0), (self.aabb[1] - self.aabb[0]) / 4
+    @property
+    def space(self) -> rendering.Space:
+        """Where the planes lie in the world."""
+        contracted = self.config.contract and self.projection is None
+        return rendering.Space(self.aabb, contracted, self.projection)
 
     # --- rendering --------------------------------------------------------------------------------
 
     def _proposal(self, spatial: SpatialField) -> unbounded.Proposal:
         """Where unbounded scenes have density, by a coarse level: kept as long as the planes."""
-        if self.training or self._proposal_of_spatial is None:
-            with torch.no_grad():
-                nodes = self.field.density_at_nodes(spatial, self.config.proposal_resolution)
-                found = unbounded.proposal(nodes, self.config.num_proposal_bins)
-            if self.training:
-                return found
-            self._proposal_of_spatial = found
+        if self.training:
+            return rendering.find_proposal(self.field, spatial, self.config)
+        if self._proposal_of_spatial is None:
+            self._proposal_of_spatial = rendering.find_proposal(self.field, spatial, self.config)
         return self._proposal_of_spatial
 
     def _samples(self, rays: RayBundle, spatial: SpatialField) -> PackedSamples:
@@ -274,16 +252,8 @@ class MaskedWaveletModel(Model):
         config = self.config
         jitter = torch.rand_like(rays.nears) if self.training else None
         if config.contract:
-            numbers = config.distance_scale, self._proposal(spatial), config.num_samples, jitter
-            if self.projection is not None:
-                mapped = ndc.to_box_rays(rays.origins, rays.directions, self.projection)
-                centre, half = self.aabb.mean(dim=0), (self.aabb[1] - self.aabb[0]) / 2
-                origins, directions = (mapped.origins - centre) / half, mapped.directions / half
-                limits = mapped.nears, mapped.fars
-                return unbounded.propose(origins, directions, *limits, *numbers, contracted=False)
-            centre, half = self._region()
-            origins, directions = (rays.origins - centre) / half, rays.directions / half
-            return unbounded.propose(origins, directions, rays.nears, rays.fars, *numbers)
+            proposal = self._proposal(spatial)
+            return rendering.sample_everywhere(rays, self.space, proposal, config, jitter)
         fars, num_steps = rays.fars, self._num_steps
         if self.training:
             # Near and far bound training only, as in nerfstudio: a viewer may come as close, and go
@@ -291,83 +261,38 @@ class MaskedWaveletModel(Model):
             fars = fars.clamp(max=config.far_plane)
             length = config.far_plane - config.near_plane
             num_steps = min(num_steps, math.ceil(length / self._step_size))
-        return self._march(rays, fars, self._step_size, num_steps, self.occupancy, jitter)
-
-    def _march(
-        self,
-        rays: RayBundle,
-        fars: Tensor,
-        step_size: float,
-        num_steps: int,
-        occupancy: OccupancyGrid,
-        jitter: Tensor | None,
-    ) -> PackedSamples:
-        assert rays.nears is not None
-        directions = rays.directions * (2 / (self.aabb[1] - self.aabb[0]))
-        origins = self.grid_points(rays.origins)
-        return march(origins, directions, rays.nears, fars, step_size, num_steps, occupancy, jitter)
+        steps = self._step_size, num_steps
+        return rendering.sample_box(rays, fars, self.space, *steps, self.occupancy, jitter)
 
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Renders rays: rgb in [0, 1], accumulation, and expected depth along the ray."""
         if self.training:
             self.camera_optimizer.apply_to_raybundle(ray_bundle)
-        spatial = self.spatial()
-        samples, config = self._samples(ray_bundle, spatial), self.config
-        density = self.field.density(spatial, samples.points)
-        optical_depth = density * (samples.lengths * config.distance_scale)
-        least = config.colour_weight_threshold if self.training else 0.0
-        spacings = self._spacings(samples) if self._has_distortion else None
-        accumulation, distance, distortion, colours = composite(
-            samples, optical_depth, len(ray_bundle), least, config.colour_mass, spacings
+        spatial, config = self.spatial(), self.config
+        training: dict[str, Any] = {}
+        if self.training:
+            training = {
+                "least_weight": config.colour_weight_threshold,
+                "all_colours": True,
+                "with_distortion": self._has_distortion,
+                "offsets": self._offsets_of(ray_bundle),
+            }
+        samples = self._samples(ray_bundle, spatial)
+        rgb, accumulation, depth, distortion = rendering.render(
+            self.field, spatial, samples, ray_bundle, self.space, config, **training
         )
-        rgb = self._colour_of_rays(spatial, colours, accumulation, ray_bundle)
-        outputs = {
-            "rgb": self._over_background(rgb, accumulation),
-            "accumulation": accumulation,
-            "depth": self._depth(distance / accumulation.clamp(min=1e-6), ray_bundle),
-        }
         if self.training:
             self._spatial_of_step, self._distortion_of_step = spatial, distortion
-        return outputs
+        rgb = self._over_background(rgb, accumulation)
+        return {"rgb": rgb, "accumulation": accumulation, "depth": depth}
 
-    def _spacings(self, samples: PackedSamples) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-        if self.projection is None:
-            return unbounded.spacings(samples)
-        assert isinstance(samples.lengths, Tensor)
-        return samples.middles, samples.lengths
-
-    def _depth(self, places: Float[Tensor, "R 1"], rays: RayBundle) -> Float[Tensor, "R 1"]:
-        """World distances of places along rays."""
-        if self.projection is None:
-            return places
-        return ndc.distance_at(places, rays.origins, rays.directions, self.projection)
-
-    def _colour_of_rays(
-        self,
-        spatial: SpatialField,
-        shared: SharedColours,
-        accumulation: Float[Tensor, "R 1"],
-        rays: RayBundle,
-    ) -> Float[Tensor, "R 3"]:
-        """Σ weight · colour; in rendering, with those colours only that matter."""
-        num_rays = len(rays)
-        ray, shares, points = shared
-        if not self.training:
-            seen = shares > self.config.render_weight_threshold * accumulation[ray, 0]
-            ray, shares, points = ray[seen], shares[seen], points[seen]
-            # What has no colour of its own counts as what the rest of its ray shows.
-            coloured = accumulate_along_rays(shares, None, ray, num_rays)
-            shares = shares * (accumulation / coloured.clamp(min=1e-6))[ray, 0]
-        offsets = None
-        if self.training and self.photo_appearance is not None:
-            assert rays.camera_indices is not None
-            offsets = self.photo_appearance(rays.camera_indices[ray, 0])
-        colours = self.field.colour(spatial, points, rays.directions[ray], offsets)
-        # The renderer derives its background's share from the weights that it is given, which are
-        # only those that got a colour: blend with the full accumulation instead.
-        return RGBRenderer.combine_rgb(
-            colours, shares[:, None], "random", ray_indices=ray, num_rays=num_rays
-        )
+    def _offsets_of(self, rays: RayBundle) -> Callable[[Int[Tensor, " M"]], Tensor] | None:
+        """What the photo of each ray adds to colours."""
+        appearance, photos = self.photo_appearance, rays.camera_indices
+        if appearance is None:
+            return None
+        assert photos is not None
+        return lambda ray: appearance(photos[ray, 0])
 
     def _over_background(
         self, rgb: Float[Tensor, "R 3"], accumulation: Float[Tensor, "R 1"]
@@ -692,7 +617,8 @@ class MaskedWaveletModel(Model):
             assert self.collider is not None
             rays = self.collider(rays)
             assert rays.nears is not None and rays.fars is not None
-            samples = self._march(rays, rays.fars + step, step, num_steps, coarse, None)
+            steps = step, num_steps
+            samples = rendering.sample_box(rays, rays.fars + step, self.space, *steps, coarse, None)
             hit = torch.zeros(len(rays), dtype=torch.bool, device=rays.origins.device)
             return hit.index_fill(0, samples.ray, True)
 

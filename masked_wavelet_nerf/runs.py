@@ -28,6 +28,7 @@ from masked_wavelet_nerf.clock import now
 from masked_wavelet_nerf.config import MaskedWaveletModelConfig
 from masked_wavelet_nerf.errors import UserError
 from masked_wavelet_nerf.files import replace_file
+from masked_wavelet_nerf.loading import stored_numbers, stored_projection, stored_settings
 from masked_wavelet_nerf.model import MaskedWaveletModel
 from masked_wavelet_nerf.ndc import ForwardFacing
 from masked_wavelet_nerf.scene import (
@@ -269,29 +270,14 @@ def model_of_scene(scene: Scene) -> MaskedWaveletModel:
         CodecError: if the scene is not one of ours.
     """
     meta = scene.meta
-    if not isinstance(meta.get("model"), dict) or "box" not in meta:
-        raise CodecError("meta: no model configuration; not a masked-wavelet scene")
+    stored_settings(scene)  # which says what is wrong with them
     config = config_from_json(MaskedWaveletModelConfig(), meta["model"])
     config.bits = scene.bits
-    projection = _numbers(meta, "projection", (4, 4)) if "projection" in meta else None
-    model = _build_model(config, _numbers(meta, "box", (2, 3)), projection)
+    model = _build_model(config, stored_numbers(meta, "box", (2, 3)), stored_projection(meta))
     model.config.initial_resolution = config.initial_resolution
     load_scene_into(model, scene)
     model.refresh()
     return model
-
-
-def _numbers(meta: dict[str, Any], name: str, shape: tuple[int, int]) -> torch.Tensor:
-    try:
-        found = torch.tensor(meta[name], dtype=torch.float32)
-    except (TypeError, ValueError, RuntimeError):
-        found = torch.empty(0)
-    if found.shape != shape or not bool(found.isfinite().all()):
-        raise CodecError(
-            f"meta: {name} {meta[name]!r:.80}; expected {shape[0]} × {shape[1]} numbers: the file "
-            "is damaged, ask for it again"
-        )
-    return found
 
 
 def write_run(scene: Scene, output_dir: Path, data: Path | None = None) -> Path:

@@ -67,6 +67,8 @@ def tiny_config(capture, tmp_path):
     def make(
         name: str = "run", *, steps: int = 20, method: str = "masked_wavelet_bounded", **model
     ):
+        from nerfstudio.data.dataparsers.blender_dataparser import BlenderDataParserConfig
+
         from masked_wavelet_nerf import method as methods
 
         config = copy.deepcopy(getattr(methods, method).config)
@@ -87,6 +89,7 @@ def tiny_config(capture, tmp_path):
             assert hasattr(config.pipeline.model, key), key
             setattr(config.pipeline.model, key, value)
         manager = config.pipeline.datamanager
+        manager.dataparser = BlenderDataParserConfig()
         manager.data = manager.dataparser.data = capture
         manager.train_num_rays_per_batch = 96
         for group in config.optimizers.values():

@@ -536,9 +536,10 @@ def test_image_metrics_without_lpips_weights(monkeypatch, capsys):
 def test_config_fields_are_documented():
     import inspect
 
-    from masked_wavelet_nerf import model
+    from masked_wavelet_nerf import model, settings
 
-    source = inspect.getsource(model.MaskedWaveletModelConfig)
+    owners = model.MaskedWaveletModelConfig, settings.SceneSettings
+    source = "".join(map(inspect.getsource, owners))
     for entry in dataclasses.fields(model.MaskedWaveletModelConfig):
         start_of_field = source.find(f"    {entry.name}:")
         assert start_of_field >= 0, entry.name

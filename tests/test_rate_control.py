@@ -40,6 +40,7 @@ def make(
         field=WaveletPlaneField(config, (side, side + 3, side - 5)),
         occupancy=OccupancyGrid(),
         aabb=torch.tensor([[-1.0] * 3, [1.0] * 3]),
+        projection=None,
     )
     model.occupancy.cells = ball(24, 9)
     for grid in model.field.grids().values():

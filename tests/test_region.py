@@ -69,7 +69,7 @@ def test_a_training_starts_from_its_cameras_and_a_resumed_one_keeps_the_region(
     torch.testing.assert_close(model.aabb, region.mean(dim=0) + 2 * (region - region.mean(dim=0)))
     # Its corners are where contraction starts: half of the way out.
     corners = torch.tensor([[-0.5] * 3, [0.5] * 3])
-    torch.testing.assert_close(model.grid_points(region), corners, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.space.grid_points(region), corners, atol=1e-5, rtol=0)
 
     config = unbounded_config("second")
     config.load_dir = trainer.checkpoint_dir

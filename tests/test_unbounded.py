@@ -154,7 +154,7 @@ def test_samples_are_those_of_nerfstudios_pdf_sampler():
     origins, directions, nears, fars = random_rays(50)
     found = proposal(F.softplus(4 * torch.randn(9, 9, 9) - 4), 40)
     start, stop = spacing_at(nears), spacing_at(fars)
-    weights = unbounded._weights(origins, directions, start, stop, 3.0, found)
+    weights = unbounded._weights(origins, directions, start, stop, 3.0, found, True)
     bundle = RayBundle(origins, directions, torch.ones(50, 1), nears=nears, fars=fars)
     first = UniformLinDispPiecewiseSampler(num_samples=40, train_stratified=False).eval()(bundle)
     sampler = PDFSampler(num_samples=12, include_original=False, histogram_padding=0.0).eval()
@@ -190,7 +190,7 @@ def test_kernel_stays_within_its_arrays():
     whole = [guarded(np.full(12, 7, np.float32), 7) for _ in range(2)]
     points, points_whole = guarded(np.full(36, 7, np.float32), 7)
     spacing = [np.full(3, s, np.float32) for s in (0.025, 0.99, 0.5)]
-    numbers = np.float32(3), np.float32(0.01), 8, 4
+    numbers = np.float32(3), np.float32(0.01), 8, 4, True
     outputs = whole[0][0], whole[1][0], points.reshape(12, 3)
     native_kernels.proposed_places(rays[0], rays[1], *spacing, density, *numbers, *outputs, 1, 2)
     for array, guard in (*whole, (points, points_whole)):
