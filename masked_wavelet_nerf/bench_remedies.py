@@ -15,7 +15,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +58,7 @@ def disturb_brightness(capture: Path) -> None:
         Image.fromarray(pixels).save(path)
 
 
-ROWS: dict[str, tuple[Callable[[Path], None] | None, dict[str, object]]] = {
+ROWS: dict[str, tuple[Callable[[Path], None] | None, Mapping[str, object]]] = {
     "as it is": (None, {}),
     "cameras off": (disturb_cameras, {}),
     "cameras off, camera optimiser": (disturb_cameras, _OPTIMISER),
