@@ -68,11 +68,11 @@ ROWS: dict[str, tuple[Callable[[Path], None] | None, Mapping[str, object]]] = {
 
 
 def main() -> None:
-    """Prints a row as soon as it is there."""
+    """Prints the table at the end; training and evaluation print what they always do."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     arguments = parser.parse_args()
-    print("| capture | PSNR | bytes | s training |\n|---|---|---|---|", flush=True)
+    table = ["| capture | PSNR | bytes | s training |", "|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as name:
         clean = write_sample_capture(Path(name) / "clean")
         for row in arguments.rows:
@@ -86,7 +86,8 @@ def main() -> None:
             numbers = (
                 f"{found['psnr_after']:.2f} | {found['bytes']:,} | {found['train_seconds']:.0f}"
             )
-            print(f"| {row} | {numbers} |", flush=True)
+            table.append(f"| {row} | {numbers} |")
+    print("\n".join(table))
 
 
 if __name__ == "__main__":
