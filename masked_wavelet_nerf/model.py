@@ -42,6 +42,7 @@ from masked_wavelet_nerf.rate import mask_penalty, suited_integers
 from masked_wavelet_nerf.rate_control import RateControl
 from masked_wavelet_nerf.region import region_of_interest
 from masked_wavelet_nerf.sampling import OccupancyGrid, PackedSamples
+from masked_wavelet_nerf.viewer_start import StartAtACamera
 
 _RAYS_PER_CHUNK = 1 << 14
 """Rays that are asked at once whether they can see anything."""
@@ -111,6 +112,7 @@ class MaskedWaveletModel(Model):
         self._shown_in_image: tuple[int, float] | None = None
         self._on_box_changed()
 
+        self.starting_view = StartAtACamera()
         self.levels_shown = ViewerSlider(
             "Levels shown",
             default_value=config.levels,

@@ -1,0 +1,51 @@
+"""Where the viewer's clients start, with stand-ins for nerfstudio's viewer and viser's clients."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import viser
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.viewer.utils import parse_object
+from nerfstudio.viewer.viewer import Viewer
+from nerfstudio.viewer.viewer_elements import ViewerControl
+from scipy.spatial.transform import Rotation
+
+from masked_wavelet_nerf.datasets.sample import look_at_origin
+
+
+def cameras() -> Cameras:
+    """Three that look at the origin from 4 away, the second amid the others."""
+    poses = np.stack([look_at_origin(angle, 0.2, radius=4.0) for angle in (0.0, 0.3, 0.7)])
+    poses = torch.from_numpy(poses[:, :3]).float()
+    return Cameras(poses, fx=30.0, fy=20.0, cx=20.0, cy=10.0, width=40, height=20)
+
+
+def test_clients_start_at_the_middle_camera_and_turn_about_what_it_looks_at(tiny_config, start):
+    model = start(tiny_config()).pipeline.model
+    ((_, control),) = parse_object(model, ViewerControl, "")  # as nerfstudio finds it
+    callbacks = []
+    viewer = object.__new__(Viewer)
+    viewer.pipeline = SimpleNamespace(
+        datamanager=SimpleNamespace(train_dataset=SimpleNamespace(cameras=cameras()))
+    )
+    viewer.viser_server = SimpleNamespace(on_client_connect=callbacks.append)
+    control._setup(viewer)
+    (connect,) = callbacks
+    client, camera = object.__new__(viser.ClientHandle), SimpleNamespace()
+    client.camera, client.atomic = camera, contextlib.nullcontext
+    connect(client)
+    pose = cameras().camera_to_worlds[1].numpy()
+    np.testing.assert_allclose(camera.position, 10 * pose[:, 3], rtol=1e-5)
+    np.testing.assert_allclose(camera.look_at, np.zeros(3), atol=1e-4)
+    w, x, y, z = camera.wxyz
+    axes = Rotation.from_quat([x, y, z, w]).as_matrix()
+    np.testing.assert_allclose(axes[:, 0], pose[:, 0], atol=1e-6)  # right
+    np.testing.assert_allclose(axes[:, 1], -pose[:, 1], atol=1e-6)  # down
+    np.testing.assert_allclose(axes[:, 2], -pose[:, 2], atol=1e-6)  # forward
+    assert camera.fov == pytest.approx(2 * math.atan(0.5))
