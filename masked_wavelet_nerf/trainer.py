@@ -119,10 +119,10 @@ class WaveletTrainer(Trainer):
         """
         try:
             super().setup(test_mode)
+        except TrainingError:
+            raise
         except UserError as error:
-            raise (
-                error if isinstance(error, TrainingError) else TrainingError(str(error))
-            ) from error
+            raise TrainingError(str(error)) from error
         self._watch_losses()
         after = [TrainingCallbackLocation.AFTER_TRAIN_ITERATION]
         self.callbacks.append(TrainingCallback(after, self._complete_step, 1))  # as the last one

@@ -90,7 +90,8 @@ def test_rays_run_through_the_middles_of_pixels(bounded):
     torch.testing.assert_close(x.view(24, 24)[5] * camera.fx + 12, pixels)
     torch.testing.assert_close(12 - y.view(24, 24)[:, 5] * camera.fy, pixels)
     half = camera.scaled(0.5)
-    assert (half.width, half.height, half.cx, half.fx) == (12, 12, 6, camera.fx / 2)
+    assert (half.width, half.cx, half.fx) == (12, 6, camera.fx / 2)
+    assert (half.height, half.cy, half.fy) == (12, 6, camera.fy / 2)
     assert len(scene.cameras) == len(bounded.cameras.fx)
 
 
