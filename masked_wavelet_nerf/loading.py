@@ -103,9 +103,8 @@ class LoadedScene:
         self.field.to(device).eval()
         self.occupancy.to(device)
         self.device = torch.device(device)
-        contracted = self.settings.contract and self.projection is None
         projection = None if self.projection is None else self.projection.to(device)
-        self.space = rendering.Space(self.aabb.to(device), contracted, projection)
+        self.space = rendering.Space(self.aabb.to(device), self.settings.contract, projection)
         self.cameras = _cameras_of(scene)
         """Of the capture, if the file has them."""
         threads.flush_denormals()

@@ -235,8 +235,7 @@ class MaskedWaveletModel(Model):
     @property
     def space(self) -> rendering.Space:
         """Where the planes lie in the world."""
-        contracted = self.config.contract and self.projection is None
-        return rendering.Space(self.aabb, contracted, self.projection)
+        return rendering.Space(self.aabb, self.config.contract, self.projection)
 
     # --- rendering --------------------------------------------------------------------------------
 

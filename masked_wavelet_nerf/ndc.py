@@ -145,7 +145,7 @@ def _cut(
     clip = F.pad(origins, (0, 1), value=1.0) @ projection.T
     direction = directions @ projection[:, :3].T
     forward = direction[:, 3:] > _LEAST_FORWARD
-    direction = torch.where(forward, direction, projection.new_tensor([0.0, 0.0, 1.0, 1.0]))
+    direction = torch.where(forward, direction, 1)
     # The near plane is where z = -w.
     near = -(clip[:, 2:3] + clip[:, 3:]) / (direction[:, 2:3] + direction[:, 3:])
     return near, clip + near * direction, direction, forward

@@ -61,15 +61,15 @@ class Space:
     box: Float[Tensor, "2 3"]
     """Lowest and highest corner: in the world, or in normalised device coordinates. Of a contracted
     scene, twice what is not contracted."""
-    contracted: bool
-    """Unbounded, and not forward-facing."""
+    is_unbounded: bool
+    """Rather than in a box of the world."""
     projection: Float[Tensor, "4 4"] | None
-    """World to clip coordinates of forward-facing scenes."""
+    """World to clip coordinates of forward-facing scenes, which are unbounded, too."""
 
     @property
-    def is_unbounded(self) -> bool:
-        """Rather than in a box of the world."""
-        return self.contracted or self.projection is not None
+    def contracted(self) -> bool:
+        """Unbounded, and not forward-facing."""
+        return self.is_unbounded and self.projection is None
 
     def region(self) -> tuple[Float[Tensor, " 3"], Float[Tensor, " 3"]]:
         """Middle and half extent of what becomes [-1, 1]³, before contraction if there is one."""
