@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nerfstudio.cameras.cameras import Cameras
-from nerfstudio.data.dataparsers.blender_dataparser import BlenderDataParserConfig
 
 from masked_wavelet_nerf.region import region_of_interest
 
@@ -50,10 +49,7 @@ def test_cameras_that_look_outwards_or_alike_leave_the_default():
 @pytest.fixture
 def unbounded_config(tiny_config):
     def make(name: str, **settings):
-        config = tiny_config(name, steps=6, method="masked_wavelet", **settings)
-        data = config.pipeline.datamanager.data
-        config.pipeline.datamanager.dataparser = BlenderDataParserConfig(data=data)
-        return config
+        return tiny_config(name, steps=6, method="masked_wavelet", **settings)
 
     return make
 
