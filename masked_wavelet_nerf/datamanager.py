@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from itertools import repeat
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -18,12 +20,19 @@ from nerfstudio.data.datamanagers.base_datamanager import (
 )
 from nerfstudio.data.dataparsers.base_dataparser import DataParser, DataparserOutputs
 from nerfstudio.data.pixel_samplers import PixelSampler, PixelSamplerConfig
+from nerfstudio.data.utils.dataloaders import (
+    FixedIndicesEvalDataloader,
+    RandIndicesEvalDataloader,
+)
+from nerfstudio.model_components.ray_generators import RayGenerator
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from masked_wavelet_nerf.captures import Fault, find_faults, mend, parse, select_views
 from masked_wavelet_nerf.dataparsers.captures import CaptureError, MissingCaptureError
+from masked_wavelet_nerf.errors import FatalError
 from masked_wavelet_nerf.photos import PhotoDataset
+from masked_wavelet_nerf.stored_capture import CamerasOnlyDataset, read_stored_capture
 
 _STEPS_AT_ONCE = 8
 _NUM_VIEWS_MEASURED_INSTEAD = 4
@@ -113,13 +122,27 @@ class WaveletDataManagerConfig(VanillaDataManagerConfig):
     """Target class to instantiate."""
     pixel_sampler: PixelSamplerConfig = field(default_factory=PooledPixelSamplerConfig)
     """Specifies the pixel sampler used to sample pixels from images."""
+    scene: Path | None = None
+    """A .mwnf file: cameras are brought into its coordinates. Where ``data`` is that file, too, its
+    own cameras take the place of a capture's."""
+
+
+class _NoPhotos(FixedIndicesEvalDataloader):
+    """What evaluation goes through where there is nothing to compare with."""
+
+    def __iter__(self) -> NoReturn:
+        raise FatalError(
+            "Measuring needs the photos of the capture, which this decoded run has not: decode the "
+            "file again with --data CAPTURE"
+        )
 
 
 class WaveletDataManager(VanillaDataManager[PhotoDataset]):
     """See :class:`WaveletDataManagerConfig`.
 
     What is wrong with a capture is printed once. Where evaluation has no photos, a few of those for
-    training are measured instead.
+    training are measured instead. Without a capture (see ``scene`` of the config) there are rays of
+    cameras, but nothing to train on or to measure.
 
     A step's random numbers depend on the seed (``--machine.seed``) and the step alone, so a resumed
     run draws what the uninterrupted one would have drawn. Rays of several steps are made at once:
@@ -128,11 +151,14 @@ class WaveletDataManager(VanillaDataManager[PhotoDataset]):
     Raises:
         MissingCaptureError: if the capture, its photos or a file of its poses are not there.
         CaptureError: if it cannot be read, or nothing in it can be trained on.
+        CodecError: if ``scene`` is not a file of ours.
     """
 
     config: WaveletDataManagerConfig
 
     def __init__(self, config: WaveletDataManagerConfig, *args, **kwargs) -> None:
+        self.stored = None if config.scene is None else read_stored_capture(config.scene)
+        self._last_step: int | None = None
         self._seed = torch.initial_seed()
         self._prepared: dict[int, tuple[RayBundle, dict, _RandomState]] = {}
         self._told: set[str] = set()
@@ -149,8 +175,28 @@ class WaveletDataManager(VanillaDataManager[PhotoDataset]):
         self._dataparser = parser
         parser.get_dataparser_outputs = self._read_capture
 
+    @property
+    def has_photos(self) -> bool:
+        """Whether a capture is at hand, rather than a file's cameras alone."""
+        return self.stored is None or self.config.data != self.config.scene
+
     def _read_capture(self, split: str = "train", **kwargs: Any) -> DataparserOutputs:
+        outputs = self._parse_capture(split, **kwargs)
+        if outputs.cameras.metadata is None:
+            outputs.cameras.metadata = {}  # ns-export cameras adds to it, and fails without
+        return outputs
+
+    def _parse_capture(self, split: str, **kwargs: Any) -> DataparserOutputs:
+        if self.stored is not None and not self.has_photos:
+            if self.test_mode == "val":
+                raise MissingCaptureError(
+                    f"{self.config.data}: holds cameras, but no photos to train on; expected a "
+                    "capture: give its folder as --data"
+                )
+            return self.stored.outputs(split)
         outputs = parse(self._dataparser, split, **kwargs)
+        if self.stored is not None:
+            outputs = self.stored.align(outputs)
         if self.test_mode == "inference" and not _any_exists(outputs):
             return outputs  # rendering needs cameras alone
         outputs, faults = mend(outputs, split)
@@ -174,15 +220,38 @@ class WaveletDataManager(VanillaDataManager[PhotoDataset]):
                 CONSOLE.print(fault.message, style="yellow", markup=False, highlight=False)
                 self._told.add(fault.message)
 
+    def create_train_dataset(self) -> PhotoDataset:
+        """Photos for training, or cameras without."""
+        if self.has_photos:
+            return super().create_train_dataset()
+        return CamerasOnlyDataset(self.train_dataparser_outputs)  # whose cameras are scaled already
+
+    def create_eval_dataset(self) -> PhotoDataset:
+        """Photos for evaluation, or cameras without."""
+        if self.has_photos:
+            return super().create_eval_dataset()
+        return CamerasOnlyDataset(self.dataparser.get_dataparser_outputs(split=self.test_split))
+
     def setup_train(self) -> None:
         """Sets up training on photos in an order, by which pixels are drawn, of the seed alone."""
+        if not self.has_photos:
+            self.iter_train_image_dataloader = repeat(_blank_photos(self.train_dataset))
+            rays = self.config.train_num_rays_per_batch
+            self.train_pixel_sampler = self._get_pixel_sampler(self.train_dataset, rays)
+            self.train_ray_generator = RayGenerator(self.train_dataset.cameras.to(self.device))
+            return
         random.seed(self._seed)  # whatever reading the capture drew
         super().setup_train()
 
     def setup_eval(self) -> None:
         """Sets up evaluation, whose photos may have several sizes though training's have one."""
-        collate = self.config.collate_fn
         assert self.eval_dataset is not None
+        if not self.has_photos:
+            dataset, device = self.eval_dataset, self.device
+            self.fixed_indices_eval_dataloader = _NoPhotos(dataset, device=device)
+            self.eval_dataloader = RandIndicesEvalDataloader(dataset, device=device)
+            return
+        collate = self.config.collate_fn
         if self.eval_dataset.cameras.is_jagged:
             self.config.collate_fn = variable_res_collate
         super().setup_eval()
@@ -190,6 +259,11 @@ class WaveletDataManager(VanillaDataManager[PhotoDataset]):
 
     def next_train(self, step: int) -> tuple[RayBundle, dict]:
         """Rays and pixels of one training step; seeds torch and random for the whole step."""
+        # ns-export asks for step 0 again and again, and wants other pixels each time.
+        is_repeated = not self.training and step == self._last_step
+        self._last_step = step
+        if is_repeated:
+            return super().next_train(step)
         found = self._prepared.pop(step, None)
         if found is None or len(found[0]) != self.get_train_rays_per_batch():
             found = self._prepare(step)
@@ -204,7 +278,7 @@ class WaveletDataManager(VanillaDataManager[PhotoDataset]):
         With them comes the random state in which drawing the pixels left the step.
         """
         drawn = []
-        for ahead in range(_STEPS_AT_ONCE):
+        for ahead in range(_STEPS_AT_ONCE if self.training else 1):
             seed = (self._seed * 1_000_003 + step + ahead) % (1 << 63)
             torch.manual_seed(seed)
             random.seed(seed)
@@ -253,6 +327,15 @@ class WaveletDataManager(VanillaDataManager[PhotoDataset]):
         sampler.pool = pool if len(pool) else None
         self._prepared.clear()
         return len(pool) / useful.numel() if len(pool) else None
+
+
+def _blank_photos(dataset: PhotoDataset) -> dict:
+    """A batch of all photos, as large as cameras say, that takes no memory."""
+    cameras, blank = dataset.cameras, torch.zeros(1)
+    sizes = torch.cat((cameras.height, cameras.width), dim=-1).tolist()
+    images = [blank.expand(*size, 3) for size in sizes]
+    image = images if cameras.is_jagged else blank.expand(len(images), *sizes[0], 3)
+    return {"image_idx": torch.arange(len(images)), "image": image}
 
 
 def _any_exists(outputs: DataparserOutputs) -> bool:

@@ -11,7 +11,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 
 import masked_wavelet_codec as codec
 from masked_wavelet_nerf import recode, report
-from masked_wavelet_nerf.runs import Evaluation, Run, evaluate, open_run, scene_of_run
+from masked_wavelet_nerf.runs import Evaluation, Run, evaluate, open_run
 from masked_wavelet_nerf.scene import load_scene_into
 
 ProfileName = Literal["range", "paper"]
@@ -55,11 +55,12 @@ class ExportMaskedWavelet:
                 "[yellow]The capture is not at hand, so PSNR is not measured and the file holds no "
                 f"cameras; --data says where it is. ({run.missing})"
             )
-        before = evaluate(run.pipeline) if self.evaluate and run.pipeline else None
+        pipeline = run.measurable if self.evaluate else None
+        before = evaluate(pipeline) if pipeline else None
         exported = before
         if self.allowed_loss > 0:
             recode.coarsen(run, self.allowed_loss)
-            exported = evaluate(run.pipeline) if self.evaluate and run.pipeline else None
+            exported = evaluate(pipeline) if pipeline else None
         path, description = export_run(
             run,
             self.output_dir / self.filename,
@@ -100,7 +101,7 @@ def export_run(
     meta: dict[str, Any] = {k: v for k, v in (notes or {}).items() if v is not None}
     if psnr is not None:
         meta["psnr"] = round(psnr, 4)
-    scene = scene_of_run(run, meta)
+    scene = run.scene(meta)
     if profile == "paper":  # which knows floats only: those that the integers stand for
         networks = {
             name: array.to_floats() if isinstance(array, codec.QuantisedArray) else array

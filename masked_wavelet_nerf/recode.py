@@ -39,17 +39,17 @@ def coarsen(run: Run, allowed_loss: float) -> float:
     Raises:
         UserError: if the capture is not at hand, or the run was trained without a quantiser.
     """
-    if run.pipeline is None:
+    pipeline, model = run.measurable, run.model
+    if pipeline is None:
         raise UserError(
             "--allowed-loss needs the capture, to see what a loss is; --data says where it is. "
-            f"({run.missing})"
+            f"{run.missing}"
         )
-    if run.model.config.bits is None:
+    if model.config.bits is None:
         raise UserError(
             "--allowed-loss: this run was trained without a quantiser (bits None), whose steps "
             "could grow; export it without, or train with --pipeline.model.bits 8"
         )
-    pipeline, model = run.pipeline, run.model
     datamanager = pipeline.datamanager
     assert isinstance(datamanager, VanillaDataManager) and datamanager.eval_dataset is not None
     cameras = datamanager.eval_dataset.cameras

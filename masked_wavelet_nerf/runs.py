@@ -11,19 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.configs.dataparser_configs import all_dataparsers
-from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager
 from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.pipelines.base_pipeline import Pipeline
 from nerfstudio.utils.eval_utils import eval_setup
-from nerfstudio.utils.rich_utils import CONSOLE
 from rich.progress import track
 
-from masked_wavelet_codec import Cameras as SceneCameras
+import masked_wavelet_codec as codec
 from masked_wavelet_codec import CodecError, Scene
-from masked_wavelet_nerf import __version__
 from masked_wavelet_nerf.clock import now
 from masked_wavelet_nerf.config import MaskedWaveletModelConfig
 from masked_wavelet_nerf.errors import UserError
@@ -31,14 +27,12 @@ from masked_wavelet_nerf.files import replace_file
 from masked_wavelet_nerf.loading import stored_numbers, stored_projection, stored_settings
 from masked_wavelet_nerf.model import MaskedWaveletModel
 from masked_wavelet_nerf.ndc import ForwardFacing
+from masked_wavelet_nerf.run_scene import scene_of
 from masked_wavelet_nerf.scene import (
     config_from_json,
-    config_to_json,
     load_scene_into,
-    scene_from_model,
 )
-
-_NUM_DISTORTION = 6
+from masked_wavelet_nerf.stored_capture import without_coefficients
 
 
 class RunError(UserError):
@@ -55,6 +49,16 @@ class Run:
     step: int
     missing: str = ""
     """Why the capture is not at hand."""
+
+    @property
+    def measurable(self) -> Pipeline | None:
+        """The pipeline, where there are photos to compare with."""
+        manager = getattr(self.pipeline, "datamanager", None)
+        return self.pipeline if getattr(manager, "has_photos", True) else None
+
+    def scene(self, extra_meta: dict[str, Any]) -> Scene:
+        """What a file holds of it, see :func:`.scene_of`."""
+        return scene_of(self.config, self.model, self.pipeline, self.step, extra_meta)
 
 
 @dataclass(frozen=True)
@@ -187,79 +191,6 @@ def _to(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
-# --- run → scene ----------------------------------------------------------------------------------
-
-
-def scene_of_run(run: Run, extra_meta: dict[str, Any]) -> Scene:
-    """The scene of a run: everything that rendering it elsewhere needs."""
-    config, model_config = run.config, run.config.pipeline.model
-    assert isinstance(model_config, MaskedWaveletModelConfig)
-    dataparser, cameras = _dataparser_meta(config), None
-    if run.pipeline is not None:
-        manager = run.pipeline.datamanager
-        assert isinstance(manager, VanillaDataManager)
-        outputs = manager.train_dataparser_outputs
-        dataparser["transform"] = outputs.dataparser_transform.tolist()
-        dataparser["scale"] = float(outputs.dataparser_scale)
-        cameras = _scene_cameras(manager.train_dataset.cameras, manager.eval_dataset.cameras)
-    meta: dict[str, Any] = {
-        "method": config.method_name,
-        "method_version": __version__,
-        "step": run.step,
-        "model": config_to_json(model_config),
-        "dataparser": dataparser,
-        "camera_res_scale_factor": float(config.pipeline.datamanager.camera_res_scale_factor),  # pyright: ignore[reportAttributeAccessIssue]
-        **extra_meta,
-    }
-    return scene_from_model(run.model, model_config.bits or 8, meta, cameras)
-
-
-def _dataparser_meta(config: TrainerConfig) -> dict[str, Any]:
-    dataparser = config.pipeline.datamanager.dataparser  # pyright: ignore[reportAttributeAccessIssue]
-    for name, known in all_dataparsers.items():
-        if type(known) is type(dataparser):
-            return {"name": name, "config": config_to_json(dataparser)}
-    raise RunError(
-        f"data parser {type(dataparser).__name__}: not registered with nerfstudio, so a decoded "
-        "run could not name it; register it as a plugin (nerfstudio.dataparser_configs)"
-    )
-
-
-def _scene_cameras(train: Cameras, evaluation: Cameras) -> SceneCameras | None:
-    """Cameras as the file has them; None where their lenses have no place in it."""
-    for cameras in (train, evaluation):
-        lens = cameras.distortion_params
-        if lens is not None and lens.shape[-1] != _NUM_DISTORTION:
-            CONSOLE.print(
-                f"Written without cameras: a file holds lenses of {_NUM_DISTORTION} distortion "
-                f"parameters, these have {lens.shape[-1]}.",
-                style="yellow",
-            )
-            return None
-
-    def joined(get, dtype) -> np.ndarray:
-        parts = [np.asarray(get(cameras).cpu().numpy(), dtype) for cameras in (train, evaluation)]
-        return np.concatenate(parts)
-
-    def distortion(cameras: Cameras) -> torch.Tensor:
-        if cameras.distortion_params is None:
-            return torch.zeros(len(cameras), _NUM_DISTORTION)
-        return cameras.distortion_params
-
-    return SceneCameras(
-        camera_to_worlds=joined(lambda c: c.camera_to_worlds, np.float32),
-        fx=joined(lambda c: c.fx[:, 0], np.float32),
-        fy=joined(lambda c: c.fy[:, 0], np.float32),
-        cx=joined(lambda c: c.cx[:, 0], np.float32),
-        cy=joined(lambda c: c.cy[:, 0], np.float32),
-        width=joined(lambda c: c.width[:, 0], np.int32),
-        height=joined(lambda c: c.height[:, 0], np.int32),
-        distortion=joined(distortion, np.float32),
-        camera_type=joined(lambda c: c.camera_type[:, 0], np.int32),
-        split=np.repeat(np.array([0, 1], np.uint8), [len(train), len(evaluation)]),
-    )
-
-
 # --- scene → run ----------------------------------------------------------------------------------
 
 
@@ -281,41 +212,39 @@ def model_of_scene(scene: Scene) -> MaskedWaveletModel:
 
 
 def write_run(scene: Scene, output_dir: Path, data: Path | None = None) -> Path:
-    """Writes a nerfstudio run that ``ns-eval``, ``ns-render`` and ``ns-viewer`` open.
+    """Writes a nerfstudio run that ``ns-viewer``, ``ns-render`` and ``ns-export`` open by itself.
+
+    Beside configuration and checkpoint the folder holds ``cameras.mwnf``: the scene's cameras and
+    coordinates, which take the place of the capture.
 
     Args:
         scene: decoded scene.
-        output_dir: folder of the run; config.yml and the checkpoint go there.
-        data: where the capture is on this machine.
+        output_dir: folder of the run.
+        data: where the capture is on this machine, if it is: ``ns-eval`` needs its photos.
 
     Returns:
         Path of the run's config.yml.
 
     Raises:
-        CodecError: if the scene names a method or data parser that is not installed here.
+        CodecError: if the scene names a method that is not installed here, or, with ``data``, such
+            a data parser.
     """
     from nerfstudio.configs.method_configs import all_methods
 
     model = model_of_scene(scene)
     meta = scene.meta
-    method, parser = meta.get("method"), meta.get("dataparser", {})
+    method = meta.get("method")
     if method not in all_methods:
         raise CodecError(f"meta: method {method!r} is not installed; update masked-wavelet-nerf")
-    if parser.get("name") not in all_dataparsers:
-        raise CodecError(
-            f"meta: data parser {parser.get('name')!r} is not installed; install its plugin"
-        )
-    config = copy.deepcopy(all_methods[method])
-    dataparser = config_from_json(
-        copy.deepcopy(all_dataparsers[parser["name"]]), parser.get("config", {})
-    )
     output_dir = output_dir.absolute()
+    cameras = output_dir / "cameras.mwnf"
+    config = copy.deepcopy(all_methods[method])
     config.pipeline.model = model.config
     manager: Any = config.pipeline.datamanager
-    manager.dataparser = dataparser
+    manager.dataparser = _dataparser_of(scene, manager.dataparser, is_needed=data is not None)
     manager.camera_res_scale_factor = _scale_factor(meta)
-    if data is not None:
-        manager.data = dataparser.data = data.absolute()
+    manager.scene = cameras
+    manager.data = manager.dataparser.data = cameras if data is None else data.absolute()
     config.output_dir, config.experiment_name, config.timestamp = output_dir, ".", "."
     config.relative_model_dir = (
         output_dir / "nerfstudio_models"
@@ -335,9 +264,24 @@ def write_run(scene: Scene, output_dir: Path, data: Path | None = None) -> Path:
         stale.unlink()
     path = models / f"step-{checkpoint['step']:09d}.ckpt"
     replace_file(path, lambda temporary: torch.save(checkpoint, temporary))
+    codec.write(cameras, without_coefficients(scene))
     config_path = output_dir / "config.yml"
     replace_file(config_path, lambda temporary: temporary.write_text(yaml.dump(config), "utf8"))
     return config_path
+
+
+def _dataparser_of(scene: Scene, default: Any, is_needed: bool) -> Any:
+    parser = scene.meta.get("dataparser")
+    parser = parser if isinstance(parser, dict) else {}
+    if parser.get("name") in all_dataparsers:
+        known = copy.deepcopy(all_dataparsers[parser["name"]])
+        return config_from_json(known, parser.get("config", {}))
+    if is_needed:
+        raise CodecError(
+            f"meta: data parser {parser.get('name')!r} is not installed; install its plugin, or "
+            "decode without --data"
+        )
+    return default
 
 
 def _scale_factor(meta: dict[str, Any]) -> float:

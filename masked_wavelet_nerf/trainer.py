@@ -31,7 +31,7 @@ from nerfstudio.utils.decorators import check_main_thread
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
-from masked_wavelet_nerf.errors import UserError
+from masked_wavelet_nerf.errors import FatalError, UserError
 
 _UNFINISHED = "step--1.tmp"
 """Name of the checkpoint under way: step -1 to nerfstudio."""
@@ -40,16 +40,8 @@ _STEPS_TOGETHER = 50
 _PHOTOS_NAMED = 5
 
 
-class TrainingError(UserError, SystemExit):
-    """Ends a training; the message names the cause and the remedy.
-
-    ``ns-train`` catches nothing: as a ``SystemExit``, this ends it with the message and exit code 1
-    instead of a traceback.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.code = message
+class TrainingError(FatalError):
+    """Ends a training; the message names the cause and the remedy."""
 
 
 class _Interrupted(BaseException):

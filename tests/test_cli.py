@@ -16,7 +16,7 @@ import yaml
 import masked_wavelet_codec as codec
 from masked_wavelet_nerf import cli
 from masked_wavelet_nerf.presets import PresetError, load_preset
-from masked_wavelet_nerf.runs import open_run, scene_of_run, write_run
+from masked_wavelet_nerf.runs import open_run, write_run
 
 BIN = Path(sys.executable).parent
 
@@ -101,7 +101,7 @@ def test_a_decoded_run_takes_photos_in_the_size_it_was_measured_with(bench, tmp_
     _, folder = bench
     opened = open_run(folder / "masked-wavelet-bounded" / "trained" / "config.yml")
     opened.config.pipeline.datamanager.camera_res_scale_factor = 0.25
-    scene = scene_of_run(opened, {})
+    scene = opened.scene({})
     config = yaml.load(write_run(scene, tmp_path).read_text("utf8"), Loader=yaml.Loader)
     assert config.pipeline.datamanager.camera_res_scale_factor == 0.25
     del scene.meta["camera_res_scale_factor"]  # as in files of before
