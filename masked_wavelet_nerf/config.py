@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import tyro
@@ -60,6 +61,9 @@ class MaskedWaveletModelConfig(SceneSettings, ModelConfig):
     """Unbounded scenes of forward-facing cameras with depth bounds, as llff-data has them:
     normalised device coordinates, as in NeRF, in place of the contraction. False contracts them,
     too, which lets viewers look elsewhere."""
+    init_from: Path | None = None
+    """A .mwnf file to start from, for more steps or more photos. It settles what the scene is made
+    of (planes, levels, components, bits, box, …); cameras are brought into its coordinates."""
     initial_resolution: int = 128
     """Voxels per side at the start; a box that is no cube gets as many voxels in all."""
     final_resolution: int = 300

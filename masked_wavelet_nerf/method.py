@@ -7,13 +7,13 @@ from nerfstudio.configs.base_config import MachineConfig, ViewerConfig
 from nerfstudio.data.dataparsers.blender_dataparser import BlenderDataParserConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.engine.trainer import TrainerConfig
-from nerfstudio.pipelines.base_pipeline import VanillaPipelineConfig
 from nerfstudio.plugins.types import MethodSpecification
 
 from masked_wavelet_nerf import ns_export
 from masked_wavelet_nerf.config import MaskedWaveletModelConfig
 from masked_wavelet_nerf.datamanager import WaveletDataManagerConfig
 from masked_wavelet_nerf.optimisers import FusedAdamOptimizerConfig, RestartedDecaySchedulerConfig
+from masked_wavelet_nerf.pipeline import WaveletPipelineConfig
 from masked_wavelet_nerf.trainer import WaveletTrainer
 
 ns_export.install()
@@ -47,7 +47,7 @@ def _config(
         max_num_iterations=steps,
         mixed_precision=False,
         machine=MachineConfig(device_type="cuda" if torch.cuda.is_available() else "cpu"),
-        pipeline=VanillaPipelineConfig(
+        pipeline=WaveletPipelineConfig(
             datamanager=WaveletDataManagerConfig(
                 dataparser=dataparser,
                 train_num_rays_per_batch=rays,

@@ -31,10 +31,20 @@ from nerfstudio.viewer_legacy.server.viewer_utils import IOChangeException
 from torch import Tensor
 from torch.nn import Parameter
 
-from masked_wavelet_nerf import accelerators, native, rendering, sensitivity, threads, unbounded
+import masked_wavelet_codec as codec
+from masked_wavelet_nerf import (
+    accelerators,
+    native,
+    rendering,
+    sensitivity,
+    surface,
+    threads,
+    unbounded,
+)
 from masked_wavelet_nerf.config import MaskedWaveletModelConfig
 from masked_wavelet_nerf.errors import UserError
 from masked_wavelet_nerf.field import SpatialField, WaveletPlaneField
+from masked_wavelet_nerf.loading import stored_settings
 from masked_wavelet_nerf.masking import largest_integer
 from masked_wavelet_nerf.metrics import ImageMetrics
 from masked_wavelet_nerf.photo_appearance import PhotoAppearance
@@ -42,7 +52,8 @@ from masked_wavelet_nerf.rate import mask_penalty, suited_integers
 from masked_wavelet_nerf.rate_control import RateControl
 from masked_wavelet_nerf.region import region_of_interest
 from masked_wavelet_nerf.sampling import OccupancyGrid, PackedSamples
-from masked_wavelet_nerf.viewer_start import StartAtACamera
+from masked_wavelet_nerf.scene import load_scene_into
+from masked_wavelet_nerf.viewer_controls import StartAtACamera, StatusLine
 
 _RAYS_PER_CHUNK = 1 << 14
 """Rays that are asked at once whether they can see anything."""
@@ -50,6 +61,8 @@ _RAYS_PER_CHUNK = 1 << 14
 
 _TIMES_AS_MANY_ON_CUDA = 8
 """Rays per chunk of an image there: small chunks leave a GPU waiting for the host."""
+_LEAST_SEEN = 1e-2
+"""Opacity of rays that show a surface."""
 _INITIAL_SLOPE = 0.197
 """σ' of masks as they start."""
 _STEERING_STEPS = 10
@@ -82,6 +95,12 @@ class MaskedWaveletModel(Model):
     def populate_modules(self) -> None:
         """Builds field, occupancy, samplers and renderers."""
         config = self.config
+        start = None
+        if config.init_from is not None:
+            start = codec.read(config.init_from)
+            settings = stored_settings(start)
+            for entry in dataclasses.fields(settings):
+                setattr(config, entry.name, getattr(settings, entry.name))
         self.register_buffer("aabb", self.scene_box.aabb.clone().float())
         self.register_buffer("projection", None)
         forward_facing = self.kwargs.get("metadata", {}).get("forward_facing")
@@ -105,14 +124,17 @@ class MaskedWaveletModel(Model):
         self.image_metrics = ImageMetrics()
         self._spatial: SpatialField | None = None
         self._proposal_of_spatial: unbounded.Proposal | None = None
+        self._kept_of_spatial: surface.KeptMaps | None = None
         self._has_distortion = config.contract and config.distortion_weight > 0
         self.rate = RateControl(
             self.field, self.occupancy, self.num_train_data, config.target_bytes
         )
         self._shown_in_image: tuple[int, float] | None = None
+        if start is not None:
+            load_scene_into(self, start)
         self._on_box_changed()
 
-        self.starting_view = StartAtACamera()
+        self.starting_view, self.size_line = StartAtACamera(), StatusLine()
         self.levels_shown = ViewerSlider(
             "Levels shown",
             default_value=config.levels,
@@ -147,7 +169,7 @@ class MaskedWaveletModel(Model):
         return self
 
     def _forget_spatial(self, _: object = None) -> None:
-        self._spatial = self._proposal_of_spatial = None
+        self._spatial = self._proposal_of_spatial = self._kept_of_spatial = None
 
     def spatial(self) -> SpatialField:
         """The grids in the spatial domain: anew in every training step, kept in evaluation."""
@@ -266,7 +288,11 @@ class MaskedWaveletModel(Model):
         return rendering.sample_box(rays, fars, self.space, *steps, self.occupancy, jitter)
 
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Renders rays: rgb in [0, 1], accumulation, and expected depth along the ray."""
+        """Renders rays: rgb in [0, 1], accumulation, and expected depth along the ray.
+
+        Evaluation adds normals there, as colours: (n + 1) / 2, grey where nothing is. The viewer
+        also gets kept_level_0, … there: see :class:`.surface.KeptMaps`.
+        """
         if self.training:
             self.camera_optimizer.apply_to_raybundle(ray_bundle)
         spatial, config = self.spatial(), self.config
@@ -285,7 +311,27 @@ class MaskedWaveletModel(Model):
         if self.training:
             self._spatial_of_step, self._distortion_of_step = spatial, distortion
         rgb = self._over_background(rgb, accumulation)
-        return {"rgb": rgb, "accumulation": accumulation, "depth": depth}
+        outputs = {"rgb": rgb, "accumulation": accumulation, "depth": depth}
+        if not self.training:
+            ends = ray_bundle.origins + depth * ray_bundle.directions
+            outputs.update(self._at_surfaces(spatial, ends, accumulation))
+        return outputs
+
+    def _at_surfaces(
+        self,
+        spatial: SpatialField,
+        ends: Float[Tensor, "R 3"],
+        accumulation: Float[Tensor, "R 1"],
+    ) -> dict[str, Tensor]:
+        normals = surface.normals(self.field, spatial, ends, self.space)
+        is_seen = accumulation > _LEAST_SEEN
+        found = {"normals": torch.where(is_seen, (normals + 1) / 2, 0.5).clamp(0, 1)}
+        if self._shown_in_image is not None and self._kept_of_spatial is None:
+            self._kept_of_spatial = surface.kept_maps(self.field, *self._shown_in_image)
+        if self._kept_of_spatial is not None:
+            kept = self._kept_of_spatial.at(self.space.grid_points(ends)) * is_seen
+            found.update({f"kept_level_{i}": kept[:, i : i + 1] for i in range(kept.shape[1])})
+        return found
 
     def _offsets_of(self, rays: RayBundle) -> Callable[[Int[Tensor, " M"]], Tensor] | None:
         """What the photo of each ray adds to colours."""
@@ -304,6 +350,20 @@ class MaskedWaveletModel(Model):
             )
             rgb = rgb + background * (1 - accumulation)
         return rgb if self.training else rgb.clamp(0, 1)
+
+    def get_rgba_image(
+        self, outputs: dict[str, Tensor], output_name: str = "rgb"
+    ) -> Float[Tensor, "*size 4"]:
+        """Colours as they are without a background, and opacity, by which exports leave out.
+
+        nerfstudio takes all for opaque over any background but a random one.
+        """
+        if output_name != "rgb":
+            return super().get_rgba_image(outputs, output_name)
+        accumulation = outputs["accumulation"]
+        background = float(self.config.background_color == "white") * (1 - accumulation)
+        rgb = (outputs["rgb"] - background) / accumulation.clamp(min=1e-6)
+        return torch.cat((rgb.clamp(0, 1), accumulation), dim=-1)
 
     # --- losses and metrics -----------------------------------------------------------------------
 
@@ -370,10 +430,21 @@ class MaskedWaveletModel(Model):
             rays = config.eval_num_rays_per_chunk * _TIMES_AS_MANY_ON_CUDA
             self.config = dataclasses.replace(config, eval_num_rays_per_chunk=rays)
         try:
-            return super().get_outputs_for_camera_ray_bundle(camera_ray_bundle)
+            outputs = super().get_outputs_for_camera_ray_bundle(camera_ray_bundle)
+            if in_viewer:
+                self._tell_size(self.spatial())
+            return outputs
         finally:
             self._shown_in_image = None
             self.config = config
+
+    def _tell_size(self, spatial: SpatialField) -> None:
+        kept = torch.cat(spatial.kept)
+        share = float(kept.sum()) / sum(map(sum, self.field.num_coefficients()))
+        num_bytes = float(self.rate.estimate(spatial.kept))
+        self.size_line.say(
+            f"File: some {num_bytes:,.0f} bytes  \nKept: {share:.2%} of coefficients"
+        )
 
     @torch.no_grad()
     def get_metrics_dict(self, outputs, batch) -> dict[str, Tensor]:
@@ -470,7 +541,9 @@ class MaskedWaveletModel(Model):
     def _find_region(self, attributes: TrainingCallbackAttributes) -> None:
         """At the start of a training, where an unbounded scene is looked at."""
         trainer, pipeline = attributes.trainer, attributes.pipeline
-        if not self.config.contract or trainer is None or trainer._start_step > 0:
+        config = self.config
+        is_given = config.init_from is not None or trainer is None or trainer._start_step > 0
+        if not config.contract or is_given:
             return
         if self.projection is not None:
             CONSOLE.log("Cameras look the same way: planes in normalised device coordinates.")
@@ -529,9 +602,12 @@ class MaskedWaveletModel(Model):
                 self._forget_optimiser_state(attributes)
             self._restrict_pixels(attributes)
         if step in config.upsample_steps:
-            self.field.upsample(self._resolution(self._sides()[step]))
-            self._on_box_changed()
-            self._forget_optimiser_state(attributes)
+            resolution = self._resolution(self._sides()[step])
+            # A scene to start from may be finer already.
+            if config.init_from is None or math.prod(resolution) > math.prod(self.field.resolution):
+                self.field.upsample(resolution)
+                self._on_box_changed()
+                self._forget_optimiser_state(attributes)
         if step in config.rate_steps:
             self._measure_rate(attributes)
 

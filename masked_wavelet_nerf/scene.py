@@ -37,7 +37,8 @@ class SceneMismatchError(UserError):
 
 
 def _array(tensor: Tensor) -> np.ndarray:
-    return np.ascontiguousarray(tensor.detach().cpu().numpy())
+    # A copy: training may go on while the scene is being written.
+    return np.array(tensor.detach().cpu().numpy(), order="C")
 
 
 def scene_from_model(

@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -64,15 +65,21 @@ def on_every_thread(work: Callable[[], Any], num_threads: int) -> None:
         except BaseException as error:  # it must not pass through C
             failures.append(error)
 
-    # A forked process has none of its parent's OpenMP threads, but waits for them.
-    openmp = _openmp() if os.getpid() == _PROCESS else None
-    if openmp is not None:
-        openmp.GOMP_parallel(_Region(guarded), None, num_threads, 0)
-    else:
-        helpers = [_pool(os.getpid()).submit(guarded) for _ in range(num_threads - 1)]
-        guarded()
-        for helper in helpers:
-            helper.result()
+    # nerfstudio's viewer gives up an image by raising in whatever line is traced next.
+    tracer = sys.gettrace()
+    sys.settrace(None)
+    try:
+        # A forked process has none of its parent's OpenMP threads, but waits for them.
+        openmp = _openmp() if os.getpid() == _PROCESS else None
+        if openmp is not None:
+            openmp.GOMP_parallel(_Region(guarded), None, num_threads, 0)
+        else:
+            helpers = [_pool(os.getpid()).submit(guarded) for _ in range(num_threads - 1)]
+            guarded()
+            for helper in helpers:
+                helper.result()
+    finally:
+        sys.settrace(tracer)
     if failures:
         raise failures[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import pytest
@@ -108,3 +109,25 @@ def test_denormals_are_flushed_on_every_thread(team):
         if team == "openmp":
             threads.on_every_thread(lambda: torch.set_flush_denormal(False), 2)
     assert float(tiny * 1.0) > 0
+
+
+def test_who_traces_lines_is_kept_out_meanwhile():
+    """nerfstudio's viewer gives up images so, and what is raised must not pass through C."""
+    names, seen = {"guarded", "work"}, []
+
+    def tracer(frame, event, argument):
+        if frame.f_code.co_name in names:
+            seen.append(frame.f_code.co_name)
+        return tracer
+
+    def work() -> None:
+        pass
+
+    before = sys.gettrace()
+    sys.settrace(tracer)
+    try:
+        threads.on_every_thread(work, 2)
+        assert sys.gettrace() is tracer
+    finally:
+        sys.settrace(before)
+    assert not seen

@@ -17,6 +17,7 @@ from nerfstudio.viewer.viewer_elements import ViewerControl
 from scipy.spatial.transform import Rotation
 
 from masked_wavelet_nerf.datasets.sample import look_at_origin
+from masked_wavelet_nerf.viewer_controls import StartAtACamera, StatusLine
 
 
 def cameras() -> Cameras:
@@ -28,12 +29,14 @@ def cameras() -> Cameras:
 
 def test_clients_start_at_the_middle_camera_and_turn_about_what_it_looks_at(tiny_config, start):
     model = start(tiny_config()).pipeline.model
-    ((_, control),) = parse_object(model, ViewerControl, "")  # as nerfstudio finds it
+    found = [control for _, control in parse_object(model, ViewerControl, "")]  # as nerfstudio does
+    (control,) = [control for control in found if isinstance(control, StartAtACamera)]
     callbacks = []
     viewer = object.__new__(Viewer)
     viewer.pipeline = SimpleNamespace(
         datamanager=SimpleNamespace(train_dataset=SimpleNamespace(cameras=cameras()))
     )
+    viewer.camera_handles = {i: SimpleNamespace(visible=True) for i in range(3)}
     viewer.viser_server = SimpleNamespace(on_client_connect=callbacks.append)
     control._setup(viewer)
     (connect,) = callbacks
@@ -49,3 +52,22 @@ def test_clients_start_at_the_middle_camera_and_turn_about_what_it_looks_at(tiny
     np.testing.assert_allclose(axes[:, 1], -pose[:, 1], atol=1e-6)  # down
     np.testing.assert_allclose(axes[:, 2], -pose[:, 2], atol=1e-6)  # forward
     assert camera.fov == pytest.approx(2 * math.atan(0.5))
+    shown = [handle.visible for handle in viewer.camera_handles.values()]
+    assert shown == [True, False, True]  # its photo would hide the scene
+
+
+def test_a_status_line_shows_what_it_is_told_below_step_and_resolution():
+    line, calls = StatusLine(), []
+    line.say("no viewer is open")
+
+    def add_markdown(content: str, order: float, visible: bool) -> SimpleNamespace:
+        calls.append((content, order, visible))
+        return SimpleNamespace(content=content, visible=visible)
+
+    viewer = object.__new__(Viewer)
+    viewer.stats_markdown = SimpleNamespace(order=3.0)
+    viewer.viser_server = SimpleNamespace(gui=SimpleNamespace(add_markdown=add_markdown))
+    line._setup(viewer)
+    assert calls == [("", 3.5, False)]
+    line.say("**now**")
+    assert (line._line.content, line._line.visible) == ("**now**", True)
