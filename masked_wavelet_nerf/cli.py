@@ -22,6 +22,7 @@ COMMANDS = {
     "demo": ("masked_wavelet_nerf.demo", "Demo", "train, export and decode a small sample scene"),
     "export": ("masked_wavelet_nerf.export", "ExportMaskedWavelet", "write a run as a bitstream"),
     "decode": ("masked_wavelet_nerf.decode", "Decode", "turn a bitstream back into a run"),
+    "view": ("masked_wavelet_nerf.view", "View", "look at a bitstream in the browser"),
     "info": ("masked_wavelet_nerf.decode", "Info", "describe a bitstream"),
     "bench": ("masked_wavelet_nerf.bench", "Bench", "measure a preset from training to decoding"),
     "curve": (

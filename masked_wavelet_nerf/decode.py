@@ -17,14 +17,17 @@ from masked_wavelet_nerf.errors import UserError
 
 @dataclass
 class Decode:
-    """Turn a bitstream back into a nerfstudio run, for ns-viewer, ns-render and ns-eval."""
+    """Turn a bitstream back into a nerfstudio run, for ns-viewer, ns-render and ns-export.
+
+    The run stands alone: the file's cameras take the place of the capture.
+    """
 
     scene: Annotated[Path, tyro.conf.Positional]
     """The .mwnf file."""
     output_dir: Path
     """Folder of the run: config.yml and the checkpoint go there."""
     data: Path | None = None
-    """Folder of the capture on this machine; nerfstudio's tools read its cameras and photos."""
+    """Folder of the capture, if it is on this machine: ns-eval measures with its photos."""
     levels: int | None = None
     """Detail levels to decode, coarse first, 0 for none: a coarser scene. The first part of a file,
     up to the end of a level, decodes by itself to as many levels as it holds."""
@@ -39,10 +42,12 @@ class Decode:
         config_path = write_run(decoded, self.output_dir, self.data)
         console = Console()
         console.print(f"[bold green]Wrote {config_path}[/bold green]", soft_wrap=True)
-        for command in ("ns-viewer", "ns-eval"):
-            console.print(f"  {command} --load-config {config_path}", soft_wrap=True)
+        for command in ("ns-viewer", "ns-render interpolate", "ns-export pointcloud"):
+            console.print(f"  {command} --load-config {config_path} …", soft_wrap=True)
         if self.data is None:
-            console.print("They need the capture: decode again with --data to say where it is.")
+            console.print("ns-eval needs the photos: decode again with --data CAPTURE.")
+        else:
+            console.print(f"  ns-eval --load-config {config_path}", soft_wrap=True)
 
 
 @dataclass
@@ -53,15 +58,23 @@ class Info:
     """The .mwnf file."""
     json: bool = False
     """Print JSON instead of tables."""
+    figure: Path | None = None
+    """Also draw planes, masks, bits by level and size by part, as a PNG here."""
 
     def main(self) -> None:
-        """Print what the file holds."""
-        description = codec.describe(self.scene.read_bytes())
+        """Print what the file holds, and draw it."""
+        data = self.scene.read_bytes()
+        description = codec.describe(data)
         damaged = [s.name for s in description.sections if not s.is_intact]
         if self.json:
             print(json.dumps(report.to_json(description), indent=2))
         else:
             _print_for_people(description)
+        if self.figure is not None and not damaged:
+            from masked_wavelet_nerf.scene_figure import draw  # matplotlib takes a second
+
+            path = draw(self.figure, codec.decode(data), description)
+            Console(stderr=True).print(f"[bold green]Drew {path}[/bold green]", soft_wrap=True)
         if damaged:
             raise codec.CodecError(
                 f"section {', '.join(damaged)}: wrong checksum; copy the file anew"
