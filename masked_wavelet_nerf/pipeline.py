@@ -76,8 +76,9 @@ class WaveletPipeline(VanillaPipeline):
         try:
             num_bytes = codec.write(path, scene)
         except (OSError, codec.CodecError) as error:
-            result = f"{path}: cannot be written: {error}"
+            result = f"cannot be written: {error}"
         else:
-            result = f"Wrote {path}: {num_bytes:,} bytes"
-        self.export_line.say(result)
-        CONSOLE.print(result, markup=False, highlight=False, soft_wrap=True)
+            result = f"written, {num_bytes:,} bytes"
+        # A path is wider than the panel.
+        self.export_line.say(f"{path.name} {result.replace(str(path.parent), '')}")
+        CONSOLE.print(f"{path}: {result}", markup=False, highlight=False, soft_wrap=True)

@@ -6,6 +6,7 @@ Everybody starts at a camera of the capture: nerfstudio's fixed place may look p
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import viser
@@ -25,14 +26,18 @@ class StartAtACamera(ViewerControl):
         cameras = viewer.pipeline.datamanager.train_dataset.cameras  # pyright: ignore[reportOptionalMemberAccess]
         start = middle_camera(cameras)
 
-        def place(client: viser.ClientHandle) -> None:
-            # Its own photo would hang right before the eyes of who stands there.
-            drawn = getattr(viewer, "camera_handles", {})
-            if start in drawn:
-                drawn[start].visible = False
-            stand_at_a_camera(client, cameras, start)
+        init_scene = viewer.init_scene
 
-        viewer.viser_server.on_client_connect(place)
+        def without_its_photo(*args: Any, **kwargs: Any) -> None:
+            # Which would hang right before the eyes of who stands there.
+            init_scene(*args, **kwargs)
+            if start in viewer.camera_handles:
+                viewer.camera_handles[start].visible = False
+
+        viewer.init_scene = without_its_photo
+        viewer.viser_server.on_client_connect(
+            lambda client: stand_at_a_camera(client, cameras, start)
+        )
 
 
 class StatusLine(ViewerControl):

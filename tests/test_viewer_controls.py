@@ -36,7 +36,12 @@ def test_clients_start_at_the_middle_camera_and_turn_about_what_it_looks_at(tiny
     viewer.pipeline = SimpleNamespace(
         datamanager=SimpleNamespace(train_dataset=SimpleNamespace(cameras=cameras()))
     )
-    viewer.camera_handles = {i: SimpleNamespace(visible=True) for i in range(3)}
+    viewer.camera_handles = {}
+
+    def init_scene(*names: str) -> None:
+        viewer.camera_handles = {name: SimpleNamespace(visible=True) for name in range(len(names))}
+
+    viewer.init_scene = init_scene
     viewer.viser_server = SimpleNamespace(on_client_connect=callbacks.append)
     control._setup(viewer)
     (connect,) = callbacks
@@ -52,6 +57,7 @@ def test_clients_start_at_the_middle_camera_and_turn_about_what_it_looks_at(tiny
     np.testing.assert_allclose(axes[:, 1], -pose[:, 1], atol=1e-6)  # down
     np.testing.assert_allclose(axes[:, 2], -pose[:, 2], atol=1e-6)  # forward
     assert camera.fov == pytest.approx(2 * math.atan(0.5))
+    viewer.init_scene("three", "training", "cameras")
     shown = [handle.visible for handle in viewer.camera_handles.values()]
     assert shown == [True, False, True]  # its photo would hide the scene
 
