@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from masked_wavelet_codec import CodecError
-from masked_wavelet_nerf.errors import UserError
+from masked_wavelet_nerf.errors import RefusedFileError, UserError
 
 # Only the chosen command's module is imported: nerfstudio takes seconds to load.
 COMMANDS = {
@@ -61,6 +61,8 @@ def main(arguments: list[str]) -> int:
     parsed = tyro.cli(command, prog=f"mwnerf {name}", args=rest)
     try:
         return parsed.main() or 0
+    except RefusedFileError:  # which has said so itself
+        return 2
     except (UserError, CodecError, OSError) as error:
         return _fail(f"{name}: {error}")
 

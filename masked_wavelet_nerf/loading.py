@@ -10,10 +10,11 @@ Letters: H, W image rows and columns, N points.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -22,11 +23,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 import masked_wavelet_codec as codec
-from masked_wavelet_nerf import rendering, threads
-from masked_wavelet_nerf.field import WaveletPlaneField
+from masked_wavelet_nerf import native, rendering, threads, unbounded
+from masked_wavelet_nerf.field import SpatialField, WaveletPlaneField
 from masked_wavelet_nerf.sampling import OccupancyGrid
 from masked_wavelet_nerf.scene import config_from_json, load_scene_into
 from masked_wavelet_nerf.settings import SceneSettings
+from masked_wavelet_nerf.wavelet import make_transform
 
 _RAYS_AT_ONCE = 4096, 32768
 """On a CPU, where what is at work has to fit into its caches, and elsewhere."""
@@ -82,8 +84,21 @@ class _Rays(NamedTuple):
     fars: Tensor
 
 
+class _Planes(NamedTuple):
+    """What rendering looks up."""
+
+    spatial: SpatialField
+    proposal: unbounded.Proposal | None
+    """Of unbounded scenes."""
+    is_compiled: bool
+    """Made by compiled loops, for them; else for plain torch."""
+
+
 class LoadedScene:
     """A decoded scene on a device; planes are transformed once, when it is loaded.
+
+    On a CPU, plain torch renders the first rays. A thread then loads the compiled loops, which
+    takes a second, ten where they have to be compiled; they take over when they are there.
 
     Args:
         scene: what the codec read.
@@ -95,11 +110,13 @@ class LoadedScene:
 
     def __init__(self, scene: codec.Scene, device: torch.device | str = "cpu") -> None:
         self.settings = stored_settings(scene)
-        self.field = WaveletPlaneField(self.settings.field_config(), _SMALLEST)
+        with native.disabled():
+            self.field = WaveletPlaneField(self.settings.field_config(), _SMALLEST)
         self.occupancy = OccupancyGrid()
         self.aabb = stored_numbers(scene.meta, "box", (2, 3))
         self.projection = stored_projection(scene.meta)
-        load_scene_into(self, scene)
+        with native.disabled():
+            load_scene_into(self, scene)
         self.field.to(device).eval()
         self.occupancy.to(device)
         self.device = torch.device(device)
@@ -107,15 +124,28 @@ class LoadedScene:
         self.space = rendering.Space(self.aabb.to(device), self.settings.contract, projection)
         self.cameras = _cameras_of(scene)
         """Of the capture, if the file has them."""
+        self._steps = 0.0, 0
+        if not self.space.is_unbounded:
+            self._steps = self.space.steps(self.field.resolution, self.settings.step_ratio)
+        with native.disabled():
+            self._planes = self._transform()
+        self._shall_compile = self.device.type == "cpu" and native.is_switched_on()
         threads.flush_denormals()
-        with torch.no_grad():
-            self._spatial = self.field.to_spatial()
-            self._steps = 0.0, 0
-            self._proposal = None
-            if self.space.is_unbounded:
-                self._proposal = rendering.find_proposal(self.field, self._spatial, self.settings)
-            else:
-                self._steps = self.space.steps(self.field.resolution, self.settings.step_ratio)
+
+    @torch.no_grad()
+    def _transform(self) -> _Planes:
+        spatial, proposal = self.field.to_spatial(), None
+        if self.space.is_unbounded:
+            proposal = rendering.find_proposal(self.field, spatial, self.settings)
+        return _Planes(spatial, proposal, native.is_switched_on())
+
+    @torch.no_grad()
+    def _compile(self) -> None:
+        torch.set_flush_denormal(False)  # on this thread alone: numba complains of it
+        planes = self._transform()
+        somewhere = torch.full((1, 3), 1e-3)
+        self._render_rays(planes, somewhere, F.normalize(somewhere, dim=-1))
+        self._planes = planes
 
     @torch.no_grad()
     def render(self, camera: Camera) -> tuple[Float[Tensor, "H W 3"], Float[Tensor, "H W 1"]]:
@@ -140,18 +170,34 @@ class LoadedScene:
             origins: in the world.
             directions: unit vectors.
         """
+        planes = self._planes
+        if planes.is_compiled:
+            return self._render_rays(planes, origins, directions)
+        with native.disabled():
+            found = self._render_rays(planes, origins, directions)
+        if self._shall_compile:  # not before: the two would hinder each other
+            self._shall_compile = False
+            threading.Thread(target=self._compile, name="compiled loops", daemon=True).start()
+        return found
+
+    def _render_rays(
+        self,
+        planes: _Planes,
+        origins: Float[Tensor, "R 3"],
+        directions: Float[Tensor, "R 3"],
+    ) -> tuple[Float[Tensor, "R 3"], Float[Tensor, "R 1"]]:
         settings = self.settings
-        if self._proposal is not None:
+        if planes.proposal is not None:
             nears = torch.zeros_like(origins[:, :1])
             rays = _Rays(origins, directions, nears, torch.full_like(nears, settings.far_plane))
-            samples = rendering.sample_everywhere(rays, self.space, self._proposal, settings, None)
+            samples = rendering.sample_everywhere(rays, self.space, planes.proposal, settings, None)
         else:
             limits = rendering.limits_in_box(origins, directions, self.space.box)
             rays = _Rays(origins, directions, *limits)
             samples = rendering.sample_box(
                 rays, rays.fars, self.space, *self._steps, self.occupancy, None
             )
-        found = rendering.render(self.field, self._spatial, samples, rays, self.space, settings)
+        found = rendering.render(self.field, planes.spatial, samples, rays, self.space, settings)
         background = float(settings.background_color == "white")
         rgb = found.rgb + background * (1 - found.accumulation)
         return rgb.clamp(0, 1), found.depth
@@ -162,14 +208,16 @@ class LoadedScene:
 
         Of bounded scenes, outside the box: that at its nearest point.
         """
-        return self.field.density(self._spatial, self.space.grid_points(positions))
+        return self.field.density(self._planes.spatial, self.space.grid_points(positions))
 
     @torch.no_grad()
     def colour(
         self, positions: Float[Tensor, "N 3"], directions: Float[Tensor, "N 3"]
     ) -> Float[Tensor, "N 3"]:
         """Colour in [0, 1] at world positions, seen along unit vectors."""
-        return self.field.colour(self._spatial, self.space.grid_points(positions), directions)
+        return self.field.colour(
+            self._planes.spatial, self.space.grid_points(positions), directions
+        )
 
     def _rays_through_pixels(self, camera: Camera) -> tuple[Tensor, Tensor]:
         x = (torch.arange(camera.width, device=self.device) + 0.5 - camera.cx) / camera.fx
@@ -207,6 +255,7 @@ def stored_settings(scene: codec.Scene) -> SceneSettings:
     """
     if not isinstance(scene.meta.get("model"), dict) or "box" not in scene.meta:
         raise codec.CodecError("meta: no model configuration; not a masked-wavelet scene")
+    _check_choices(scene.meta["model"])
     settings = replace(config_from_json(SceneSettings(), scene.meta["model"]), bits=scene.bits)
     for name, (least, most) in _LIMITS.items():
         _expect(name, getattr(settings, name), least, most)
@@ -226,6 +275,24 @@ def stored_settings(scene: codec.Scene) -> SceneSettings:
         size = 0 if weights is None else len(weights)
         _expect(name, getattr(settings, name), size, size)
     return settings
+
+
+def _check_choices(stored: Mapping[str, Any]) -> None:
+    for name, hint in get_type_hints(SceneSettings).items():
+        choices = get_args(hint)
+        if get_origin(hint) is Literal and stored.get(name, choices[0]) not in choices:
+            raise codec.CodecError(
+                f"meta: {name} {stored[name]!r}; expected one of {', '.join(choices)}: the file is "
+                "damaged, or newer than this program"
+            )
+    wavelet = stored.get("wavelet", SceneSettings.wavelet)
+    try:
+        make_transform("wavelet", wavelet=wavelet)
+    except (TypeError, ValueError) as error:
+        raise codec.CodecError(
+            f"meta: wavelet {wavelet!r}; expected a discrete one by its PyWavelets name: "
+            "the file is damaged, ask for it again"
+        ) from error
 
 
 def _expect(name: str, value: Any, least: float | int, most: float | int) -> None:

@@ -19,6 +19,7 @@ import itertools
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -42,7 +43,7 @@ _WORTH_A_THREAD = 1 << 17
 _ROW = 8
 """Rows that go into matrix products are filled up to a multiple of this."""
 
-_disabled = 0
+_here = threading.local()
 
 
 class Levels(NamedTuple):
@@ -67,7 +68,7 @@ class Levels(NamedTuple):
 
 def is_switched_on() -> bool:
     """Whether anything but plain torch may be used: not within :func:`disabled`, nor by wish."""
-    return not _disabled and os.environ.get(_SWITCH, "1") != "0"
+    return not getattr(_here, "disabled", 0) and os.environ.get(_SWITCH, "1") != "0"
 
 
 @functools.cache
@@ -90,13 +91,12 @@ def status() -> str:
 
 @contextlib.contextmanager
 def disabled() -> Iterator[None]:
-    """Plain torch within: for comparisons."""
-    global _disabled
-    _disabled += 1
+    """Plain torch within, on this thread."""
+    _here.disabled = getattr(_here, "disabled", 0) + 1
     try:
         yield
     finally:
-        _disabled -= 1
+        _here.disabled -= 1
 
 
 def is_enabled() -> bool:

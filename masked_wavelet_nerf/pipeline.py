@@ -15,9 +15,10 @@ from nerfstudio.viewer.viewer_elements import ViewerButton
 import masked_wavelet_codec as codec
 from masked_wavelet_nerf.config import MaskedWaveletModelConfig
 from masked_wavelet_nerf.datamanager import WaveletDataManagerConfig
-from masked_wavelet_nerf.errors import RefusedFileError
+from masked_wavelet_nerf.errors import RefusedFileError, UserError
 from masked_wavelet_nerf.model import MaskedWaveletModel
 from masked_wavelet_nerf.run_scene import scene_of
+from masked_wavelet_nerf.scene import SceneMismatchError
 from masked_wavelet_nerf.viewer_controls import StatusLine
 
 FILE_NAME = "scene.mwnf"
@@ -48,7 +49,7 @@ class WaveletPipeline(VanillaPipeline):
             manager.scene = model.init_from
         try:
             super().__init__(config, *args, **kwargs)
-        except codec.CodecError as error:
+        except (codec.CodecError, SceneMismatchError) as error:
             raise RefusedFileError(f"{model.init_from or manager.scene}: {error}") from error
         self.export_line = StatusLine()
         self.export_button = ViewerButton(
@@ -64,11 +65,17 @@ class WaveletPipeline(VanillaPipeline):
         folder = viewer.log_filename.parent
         if viewer.trainer is not None:
             config = viewer.trainer.config
-        else:  # ns-viewer keeps it to itself
+        else:  # ns-viewer keeps it to itself; decoded runs have it above the folder of their log
+            folder = next(f for f in (folder, *folder.parents) if (f / "config.yml").is_file())
             config = yaml.load((folder / "config.yml").read_text("utf8"), Loader=yaml.Loader)
         assert isinstance(self.model, MaskedWaveletModel)
-        scene = scene_of(config, self.model, self, viewer.step, {})
-        self._export = threading.Thread(target=self._write, args=(folder / FILE_NAME, scene))
+        path = folder / FILE_NAME
+        try:
+            scene = scene_of(config, self.model, self, viewer.step, {})
+        except UserError as error:
+            self._tell(path, f"cannot be written: {error}")
+            return
+        self._export = threading.Thread(target=self._write, args=(path, scene))
         self._export.start()
 
     def _write(self, path: Path, scene: codec.Scene) -> None:
@@ -76,9 +83,11 @@ class WaveletPipeline(VanillaPipeline):
         try:
             num_bytes = codec.write(path, scene)
         except (OSError, codec.CodecError) as error:
-            result = f"cannot be written: {error}"
+            self._tell(path, f"cannot be written: {error}")
         else:
-            result = f"written, {num_bytes:,} bytes"
+            self._tell(path, f"written, {num_bytes:,} bytes")
+
+    def _tell(self, path: Path, result: str) -> None:
         # A path is wider than the panel.
         self.export_line.say(f"{path.name} {result.replace(str(path.parent), '')}")
         CONSOLE.print(f"{path}: {result}", markup=False, highlight=False, soft_wrap=True)

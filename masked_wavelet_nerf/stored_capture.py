@@ -96,10 +96,11 @@ class StoredCapture:
         if wanted is None or torch.equal(wanted, found):
             return outputs
         moved = wanted @ torch.linalg.inv(found)
-        scale = float(torch.linalg.det(moved[:3, :3])) ** (1 / 3)
-        rotation = moved[:3, :3] / scale
+        volume = float(torch.linalg.det(moved[:3, :3]))
+        scale = max(volume, 0.0) ** (1 / 3)
+        rotation = moved[:3, :3] / scale  # nothing finite where they are mirrored
         error = (rotation.T @ rotation - torch.eye(3).double()).abs().max()
-        if not scale > 0 or not error < TOLERANCE:
+        if not error < TOLERANCE:
             raise CaptureError(
                 "the capture's coordinates differ from those of the scene by more than turning, "
                 "shifting and scaling; expected the capture that it was trained on, perhaps with "
@@ -114,7 +115,7 @@ class StoredCapture:
             outputs,
             cameras=cameras,
             dataparser_transform=stored_numbers(parser, "transform", (3, 4)),
-            dataparser_scale=float(parser["scale"]),
+            dataparser_scale=_positive(parser.get("scale")),
         )
 
     def notes(self) -> dict[str, Any]:
@@ -189,7 +190,7 @@ def read_stored_capture(path: Path) -> StoredCapture:
             f"{path}: no such file; expected the .mwnf file that this run starts from, or its own: "
             "copy it there"
         )
-    stored = StoredCapture(codec.read(path, levels=0))
+    stored = StoredCapture(without_coefficients(codec.read(path, levels=0)))
     if not isinstance(stored.scene.meta.get("model"), dict) or "box" not in stored.scene.meta:
         raise codec.CodecError("meta: no model configuration; not a masked-wavelet scene")
     return stored
@@ -242,7 +243,8 @@ def _check_cameras(numbers: dict[str, Tensor]) -> None:
 
 def _one_camera(box: Float[Tensor, "2 3"]) -> Cameras:
     """Looks along y at the middle of a box, from where all of it is seen."""
-    middle, reach = box.mean(dim=0), float((box[1] - box[0]).norm())
+    # From where a sphere around the box is seen as wide as the picture.
+    middle, reach = box.mean(dim=0), math.sqrt(5) / 2 * float((box[1] - box[0]).norm())
     pose = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, -1.0, -reach], [0.0, 1.0, 0.0, 0.0]])
     pose[:, 3] += middle
     return Cameras(

@@ -8,6 +8,7 @@ name that parses as a step below all others.
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import os
 import shlex
@@ -31,6 +32,8 @@ from nerfstudio.utils.decorators import check_main_thread
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
+import masked_wavelet_codec as codec
+from masked_wavelet_nerf.datamanager import WaveletDataManager
 from masked_wavelet_nerf.errors import FatalError, UserError
 
 _UNFINISHED = "step--1.tmp"
@@ -115,9 +118,25 @@ class WaveletTrainer(Trainer):
             raise
         except UserError as error:
             raise TrainingError(str(error)) from error
+        self._keep_start()
         self._watch_losses()
         after = [TrainingCallbackLocation.AFTER_TRAIN_ITERATION]
         self.callbacks.append(TrainingCallback(after, self._complete_step, 1))  # as the last one
+
+    def _keep_start(self) -> None:
+        """Writes a run that starts from a file so that it can be opened without that file.
+
+        ns-train saves the configuration before the file has settled what the scene is made of.
+        """
+        pipeline = self.config.pipeline
+        if getattr(pipeline.model, "init_from", None) is None:
+            return
+        cameras, manager = self.base_dir / "cameras.mwnf", self.pipeline.datamanager
+        assert isinstance(manager, WaveletDataManager) and manager.stored is not None
+        codec.write(cameras, manager.stored.scene)
+        saved: Any = copy.deepcopy(self.config)
+        saved.pipeline.model.init_from, saved.pipeline.datamanager.scene = None, cameras
+        saved.save_config()
 
     def train(self) -> None:
         """Trains.

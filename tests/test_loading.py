@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import unittest.mock
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from test_dataparsers import write_llff
 
 import masked_wavelet_codec as codec
 import masked_wavelet_nerf
-from masked_wavelet_nerf import load_scene
+from masked_wavelet_nerf import load_scene, native
 from masked_wavelet_nerf.dataparsers.llff import LLFFDataParserConfig
 from masked_wavelet_nerf.export import export_run
 from masked_wavelet_nerf.loading import LoadedScene
@@ -128,6 +130,39 @@ def test_settings_that_would_ask_for_any_memory_are_refused(bounded):
         for load in (LoadedScene, model_of_scene):
             with pytest.raises(codec.CodecError, match=rf"meta: {name} \S+; expected {expected}"):
                 load(bounded)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("background_color", "pink"),
+        ("planes", "hexaplane"),
+        ("transform", "fourier"),
+        ("triplane_reduce", "max"),
+        ("wavelet", "nonsense"),
+    ],
+)
+def test_settings_that_no_version_knows_are_refused(bounded, name, value):
+    bounded.meta["model"][name] = value
+    for load in (LoadedScene, model_of_scene):
+        with pytest.raises(codec.CodecError, match=rf"meta: {name} '{value}'; expected"):
+            load(bounded)
+
+
+def test_compiled_loops_take_over_from_plain_torch(path):
+    """After the first rays, with the same picture."""
+    scene = load_scene(path)
+    camera = scene.cameras[0]
+    assert not scene._planes.is_compiled
+    first = scene.render(camera)
+    (loading,) = [t for t in threading.enumerate() if t.name == "compiled loops"]
+    loading.join()
+    assert scene._planes.is_compiled
+    with unittest.mock.patch.object(native, "features", wraps=native.features) as used:
+        second = scene.render(camera)
+    assert used.called
+    for one, other in zip(first, second, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
 def test_what_is_no_scene_of_ours_is_refused(bounded, tmp_path):
