@@ -232,6 +232,8 @@ def write_run(scene: Scene, output_dir: Path, data: Path | None = None) -> Path:
     from nerfstudio.configs.method_configs import all_methods
 
     model = model_of_scene(scene)
+    # Else the viewer would tell the size of the file by a rule of thumb.
+    model.rate.measure(model.spatial().kept, sets_prices=False)
     meta = scene.meta
     method = meta.get("method")
     if method not in all_methods:

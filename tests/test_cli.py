@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 import masked_wavelet_codec as codec
 from masked_wavelet_nerf import cli
 from masked_wavelet_nerf.presets import PresetError, load_preset
+from masked_wavelet_nerf.rate import estimate_side_bytes
 from masked_wavelet_nerf.runs import open_run, write_run
 
 BIN = Path(sys.executable).parent
@@ -111,6 +113,18 @@ def test_a_decoded_run_takes_photos_in_the_size_it_was_measured_with(bench, tmp_
         scene.meta["camera_res_scale_factor"] = wrong
         with pytest.raises(codec.CodecError, match=r"camera_res_scale_factor .* a positive number"):
             write_run(scene, tmp_path)
+
+
+def test_a_decoded_run_knows_what_its_file_takes(bench, tmp_path):
+    """The viewer says it; a rule of thumb may be off by half."""
+    data = (bench[1] / "scene.mwnf").read_bytes()
+    model = open_run(write_run(codec.decode(data), tmp_path)).model
+    known = codec.describe(data).parts
+    field = sum(known[part] for part in ("coefficients", "networks", "occupancy"))
+    frame = estimate_side_bytes(torch.zeros(1, 1, 1, dtype=torch.bool), 1)
+    assert float(model.rate.estimate(model.spatial().kept) - frame) == pytest.approx(
+        field, rel=0.05
+    )
 
 
 def test_decoding_again_clears_away_what_a_killed_one_left(bench, tmp_path, monkeypatch):
