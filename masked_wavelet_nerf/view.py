@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import sys
@@ -46,7 +47,7 @@ class View:
         from masked_wavelet_nerf.runs import write_run
 
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        if self.open_browser:
+        if self.open_browser and _has_desktop():
             threading.Thread(target=self._open_page, daemon=True).start()
         with tempfile.TemporaryDirectory(prefix="mwnerf-view-") as folder:
             config = write_run(decoded, Path(folder))
@@ -65,3 +66,9 @@ class View:
                     break
             time.sleep(0.2)
         webbrowser.open(f"http://localhost:{self.port}")
+
+
+def _has_desktop() -> bool:
+    """Else a browser for terminals might take this one over."""
+    names = ("DISPLAY", "WAYLAND_DISPLAY")
+    return sys.platform in ("darwin", "win32") or any(os.environ.get(name) for name in names)

@@ -25,6 +25,7 @@ import masked_wavelet_codec as codec
 from masked_wavelet_nerf.loading import Camera, LoadedScene
 
 webdriver = pytest.importorskip("selenium.webdriver")
+from selenium.common.exceptions import WebDriverException  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 
@@ -88,11 +89,15 @@ def browser(tmp_path) -> Iterator[Any]:
         "disable-background-networking",
         "disable-component-update",
         "disable-sync",
+        "disable-dev-shm-usage",
         f"user-data-dir={tmp_path / 'profile'}",
         "window-size=900,560",
     ):
         options.add_argument(f"--{word}")
-    driver = webdriver.Chrome(service=webdriver.ChromeService(DRIVER), options=options)
+    try:
+        driver = webdriver.Chrome(service=webdriver.ChromeService(DRIVER), options=options)
+    except WebDriverException as error:
+        pytest.skip(f"chromium does not start here: {error.msg}")
     yield driver
     driver.save_screenshot(str(tmp_path / "page.png"))  # of use where a test fails
     driver.quit()
