@@ -43,7 +43,7 @@ def coarsen(run: Run, allowed_loss: float) -> float:
     if pipeline is None:
         raise UserError(
             "--allowed-loss needs the capture, to see what a loss is; --data says where it is. "
-            f"{run.missing}"
+            f"({run.missing or 'a decoded run, without photos'})"
         )
     if model.config.bits is None:
         raise UserError(

@@ -20,6 +20,13 @@ if _processes > 1:  # they share the cores, as do the processes that tests start
     os.environ.setdefault("OMP_NUM_THREADS", str(_num_threads))
 
 
+@pytest.fixture(autouse=True)
+def denormals():
+    """Training and rendering flush them on the calling thread; hypothesis wants to draw some."""
+    yield
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture(params=["native", "torch"])
 def backend(request):
     """Runs a test with the compiled CPU loops, and again with plain torch."""

@@ -91,7 +91,7 @@ def browser(tmp_path) -> Iterator[Any]:
         "disable-sync",
         "disable-dev-shm-usage",
         f"user-data-dir={tmp_path / 'profile'}",
-        "window-size=900,560",
+        "window-size=800,480",
     ):
         options.add_argument(f"--{word}")
     try:
@@ -224,8 +224,8 @@ def test_the_page_beside_a_training(capture, tmp_path, process, browser):
     assert psnr(coarse, expected) < 28
     page.enter("Levels shown", 0)
     wait_for("a coarser scene", lambda: psnr(page.picture(width, height), coarse) > 30)
-    training.send_signal(signal.SIGINT)
-    training.wait(timeout=PATIENCE)
+    training.terminate()
+    assert training.wait(timeout=PATIENCE) == 128 + signal.SIGTERM
 
 
 def test_view_leaves_nothing_behind(capture, tmp_path, process, tiny_config, start, monkeypatch):

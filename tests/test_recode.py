@@ -9,7 +9,7 @@ import pytest
 import masked_wavelet_codec as codec
 from masked_wavelet_nerf import recode
 from masked_wavelet_nerf.errors import UserError
-from masked_wavelet_nerf.runs import Run, evaluate, scene_of_run
+from masked_wavelet_nerf.runs import Run, evaluate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -25,7 +25,7 @@ def largest(run: Run) -> list[int]:
 
 def size(run: Run) -> int:
     """Of the file, once it is read back to the same."""
-    scene = scene_of_run(run, {})
+    scene = run.scene({})
     data = codec.encode(scene)
     assert codec.equal(codec.decode(data), scene)
     return len(data)
