@@ -820,7 +820,7 @@ def test_the_field_does_not_need_nerfstudio():
         import sys
         import torch
         from masked_wavelet_nerf import field, masking, planes, rate, rate_control
-        from masked_wavelet_nerf import sensitivity, wavelet
+        from masked_wavelet_nerf import sensitivity, surface, wavelet
         loaded = [m for m in sys.modules if m.split(".")[0] == "nerfstudio"]
         assert not loaded, loaded
         config = field.FieldConfig(num_density_components=1, num_appearance_components=1)
