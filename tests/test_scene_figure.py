@@ -369,7 +369,14 @@ def test_what_is_drawn_is_what_the_scene_holds():
 
 
 @pytest.mark.parametrize(
-    ("grids", "profile"), [*((name, "range") for name in GRIDS), ("planes and lines", "paper")]
+    ("grids", "profile"),
+    [
+        ("planes and lines", "range"),
+        ("planes and lines", "paper"),
+        ("other names", "range"),
+        ("of like magnitudes", "range"),
+        ("nothing", "range"),
+    ],
 )
 def test_texts_are_within_the_picture_and_apart(grids, profile, monkeypatch):
     scene = make_scene(grids=GRIDS[grids]())
