@@ -246,6 +246,16 @@ def load_scene(path: Path | str, device: torch.device | str = "cpu") -> LoadedSc
 # --- what a file's meta says ----------------------------------------------------------------------
 
 
+def check_is_ours(meta: Mapping[str, Any]) -> None:
+    """Checks that a file says what its planes are and where they lie.
+
+    Raises:
+        CodecError: if it does not.
+    """
+    if not isinstance(meta.get("model"), dict) or "box" not in meta:
+        raise codec.CodecError("meta: no model configuration; not a masked-wavelet scene")
+
+
 def stored_settings(scene: codec.Scene) -> SceneSettings:
     """Of the field and its rendering.
 
@@ -253,8 +263,7 @@ def stored_settings(scene: codec.Scene) -> SceneSettings:
         CodecError: if there are none, they do not fit the rest of the scene, or nothing could be
             rendered with them.
     """
-    if not isinstance(scene.meta.get("model"), dict) or "box" not in scene.meta:
-        raise codec.CodecError("meta: no model configuration; not a masked-wavelet scene")
+    check_is_ours(scene.meta)
     _check_choices(scene.meta["model"])
     settings = replace(config_from_json(SceneSettings(), scene.meta["model"]), bits=scene.bits)
     for name, (least, most) in _LIMITS.items():

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import masked_wavelet_codec as codec
 from masked_wavelet_nerf.dataparsers.captures import TOLERANCE, CaptureError, MissingCaptureError
-from masked_wavelet_nerf.loading import stored_numbers, stored_projection
+from masked_wavelet_nerf.loading import check_is_ours, stored_numbers, stored_projection
 from masked_wavelet_nerf.ndc import ForwardFacing
 from masked_wavelet_nerf.photos import PhotoDataset
 from masked_wavelet_nerf.rendering import Space
@@ -191,8 +191,7 @@ def read_stored_capture(path: Path) -> StoredCapture:
             "copy it there"
         )
     stored = StoredCapture(without_coefficients(codec.read(path, levels=0)))
-    if not isinstance(stored.scene.meta.get("model"), dict) or "box" not in stored.scene.meta:
-        raise codec.CodecError("meta: no model configuration; not a masked-wavelet scene")
+    check_is_ours(stored.scene.meta)
     return stored
 
 

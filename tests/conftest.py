@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import random
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -67,54 +68,61 @@ def capture(tmp_path_factory) -> Path:
     return write_sample_capture(folder, image_size=24, num_train=8, num_val=2, num_test=3)
 
 
+def make_tiny_config(
+    capture: Path,
+    output_dir: Path,
+    name: str = "run",
+    *,
+    steps: int = 20,
+    method: str = "masked_wavelet_bounded",
+    **model,
+):
+    """A trainer configuration, by default of a bounded scene, that trains in seconds."""
+    from nerfstudio.data.dataparsers.blender_dataparser import BlenderDataParserConfig
+
+    from masked_wavelet_nerf import method as methods
+
+    config = copy.deepcopy(getattr(methods, method).config)
+    settings = {
+        "initial_resolution": 10,
+        "final_resolution": 20,
+        "upsample_steps": (8, 13),
+        "occupancy_steps": (6, 13),
+        "num_density_components": 3,
+        "num_appearance_components": 4,
+        "levels": 2,
+        "hidden_dim": 16,
+        "density_shift": -3.0,
+        "occupancy_threshold": 0.2,
+        **model,
+    }
+    for key, value in settings.items():
+        assert hasattr(config.pipeline.model, key), key
+        setattr(config.pipeline.model, key, value)
+    manager = config.pipeline.datamanager
+    manager.dataparser = BlenderDataParserConfig()
+    manager.data = manager.dataparser.data = capture
+    manager.train_num_rays_per_batch = 96
+    for group in config.optimizers.values():
+        group["scheduler"].max_steps = 20
+        group["scheduler"].restarts = settings["upsample_steps"]
+    config.optimizers["grids"]["optimizer"].lr = 0.1
+    config.machine.device_type = "cpu"
+    config.max_num_iterations = steps
+    config.output_dir, config.experiment_name = output_dir, name
+    config.timestamp = "0"
+    config.vis = "tensorboard"
+    config.steps_per_eval_batch = config.steps_per_eval_image = 10**9
+    config.steps_per_eval_all_images = 10**9
+    config.steps_per_save = 10**9
+    config.logging.local_writer.enable = False
+    return config
+
+
 @pytest.fixture
 def tiny_config(capture, tmp_path):
-    """Makes a trainer configuration of a bounded scene that trains in seconds."""
-
-    def make(
-        name: str = "run", *, steps: int = 20, method: str = "masked_wavelet_bounded", **model
-    ):
-        from nerfstudio.data.dataparsers.blender_dataparser import BlenderDataParserConfig
-
-        from masked_wavelet_nerf import method as methods
-
-        config = copy.deepcopy(getattr(methods, method).config)
-        settings = {
-            "initial_resolution": 10,
-            "final_resolution": 20,
-            "upsample_steps": (8, 13),
-            "occupancy_steps": (6, 13),
-            "num_density_components": 3,
-            "num_appearance_components": 4,
-            "levels": 2,
-            "hidden_dim": 16,
-            "density_shift": -3.0,
-            "occupancy_threshold": 0.2,
-            **model,
-        }
-        for key, value in settings.items():
-            assert hasattr(config.pipeline.model, key), key
-            setattr(config.pipeline.model, key, value)
-        manager = config.pipeline.datamanager
-        manager.dataparser = BlenderDataParserConfig()
-        manager.data = manager.dataparser.data = capture
-        manager.train_num_rays_per_batch = 96
-        for group in config.optimizers.values():
-            group["scheduler"].max_steps = 20
-            group["scheduler"].restarts = settings["upsample_steps"]
-        config.optimizers["grids"]["optimizer"].lr = 0.1
-        config.machine.device_type = "cpu"
-        config.max_num_iterations = steps
-        config.output_dir, config.experiment_name = tmp_path, name
-        config.timestamp = "0"
-        config.vis = "tensorboard"
-        config.steps_per_eval_batch = config.steps_per_eval_image = 10**9
-        config.steps_per_eval_all_images = 10**9
-        config.steps_per_save = 10**9
-        config.logging.local_writer.enable = False
-        return config
-
-    return make
+    """Makes configurations as :func:`make_tiny_config` does, for the sample capture."""
+    return partial(make_tiny_config, capture, tmp_path)
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from conftest import make_tiny_config
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
-from nerfstudio.data.dataparsers.blender_dataparser import BlenderDataParserConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.utils.eval_utils import eval_setup
@@ -25,7 +25,6 @@ from test_captures import edit_pose, write_capture, write_json
 from test_dataparsers import llff_rows, write_llff
 
 import masked_wavelet_codec as codec
-from masked_wavelet_nerf import method as methods
 from masked_wavelet_nerf.captures import parse
 from masked_wavelet_nerf.datamanager import WaveletDataManager, WaveletDataManagerConfig
 from masked_wavelet_nerf.dataparsers.captures import CaptureError, MissingCaptureError
@@ -53,39 +52,10 @@ FOLDER = "where-the-photos-are"
 def make_config(kind: str, capture: Path, output_dir: Path, name: str = "run", **model: Any):
     """A trainer configuration that trains in a second; the capture's parser fits its kind."""
     method = "masked_wavelet_bounded" if kind == "bounded" else "masked_wavelet"
-    config = copy.deepcopy(getattr(methods, method).config)
-    settings = {
-        "initial_resolution": 10,
-        "final_resolution": 16,
-        "upsample_steps": (8,),
-        "occupancy_steps": (6, 13),
-        "num_density_components": 3,
-        "num_appearance_components": 4,
-        "levels": 2,
-        "hidden_dim": 16,
-        "density_shift": -3.0,
-        "occupancy_threshold": 0.2,
-        **model,
-    }
-    for key, value in settings.items():
-        assert hasattr(config.pipeline.model, key), key
-        setattr(config.pipeline.model, key, value)
-    manager = config.pipeline.datamanager
-    is_llff = kind == "forward-facing"
-    manager.dataparser = LLFFDataParserConfig() if is_llff else BlenderDataParserConfig()
-    manager.data = manager.dataparser.data = capture
-    manager.train_num_rays_per_batch = 96
-    for group in config.optimizers.values():
-        group["scheduler"].max_steps = 20
-        group["scheduler"].restarts = settings["upsample_steps"]
-    config.optimizers["grids"]["optimizer"].lr = 0.1
-    config.machine.device_type = "cpu"
-    config.max_num_iterations = 20
-    config.output_dir, config.experiment_name, config.timestamp = output_dir, name, "0"
-    config.vis = "tensorboard"
-    for every in ("eval_batch", "eval_image", "eval_all_images", "save"):
-        setattr(config, f"steps_per_{every}", 10**9)
-    config.logging.local_writer.enable = False
+    settings = {"final_resolution": 16, "upsample_steps": (8,), **model}
+    config = make_tiny_config(capture, output_dir, name, method=method, **settings)
+    if kind == "forward-facing":
+        config.pipeline.datamanager.dataparser = LLFFDataParserConfig(data=capture)
     return config
 
 
