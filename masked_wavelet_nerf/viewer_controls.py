@@ -5,7 +5,9 @@ Everybody starts at a camera of the capture: nerfstudio's fixed place may look p
 
 from __future__ import annotations
 
+import atexit
 import math
+import time
 from typing import Any
 
 import numpy as np
@@ -17,12 +19,15 @@ from scipy.spatial.transform import Rotation
 
 from masked_wavelet_nerf.coverage import measure
 
+_LAST_RENDER_SECONDS = 10.0
+
 
 class StartAtACamera(ViewerControl):
     """An attribute of a model: nerfstudio finds it there when it sets up its viewer."""
 
     def _setup(self, viewer: Viewer) -> None:
         super()._setup(viewer)
+        atexit.register(end_renders, viewer)
         cameras = viewer.pipeline.datamanager.train_dataset.cameras  # pyright: ignore[reportOptionalMemberAccess]
         start = middle_camera(cameras)
 
@@ -56,6 +61,22 @@ class StatusLine(ViewerControl):
         """Shows Markdown, where a viewer is open."""
         if self._line is not None and self._line.content != text:
             self._line.content, self._line.visible = text, True
+
+
+def end_renders(viewer: Viewer) -> None:
+    """Ends the threads that render for clients, within seconds.
+
+    nerfstudio leaves them to the end of the process, which aborts it (SIGABRT, perhaps a core dump
+    for who pressed ctrl+c) where one of them is inside torch: the interpreter ends such a thread by
+    unwinding its C++ frames.
+    """
+    machines = list(viewer.render_statemachines.values())
+    for machine in machines:
+        machine.running = False
+        machine.interrupt_render_flag = True  # of the picture under way
+    end = time.monotonic() + _LAST_RENDER_SECONDS
+    for machine in machines:
+        machine.join(max(0.0, end - time.monotonic()))
 
 
 def middle_camera(cameras: Cameras) -> int:

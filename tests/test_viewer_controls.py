@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import math
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,13 +13,15 @@ import pytest
 import torch
 import viser
 from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.viewer.render_state_machine import RenderAction, RenderStateMachine
 from nerfstudio.viewer.utils import parse_object
 from nerfstudio.viewer.viewer import Viewer
 from nerfstudio.viewer.viewer_elements import ViewerControl
+from nerfstudio.viewer_legacy.server.viewer_utils import SetTrace
 from scipy.spatial.transform import Rotation
 
 from masked_wavelet_nerf.datasets.sample import look_at_origin
-from masked_wavelet_nerf.viewer_controls import StartAtACamera, StatusLine
+from masked_wavelet_nerf.viewer_controls import StartAtACamera, StatusLine, end_renders
 
 
 def cameras() -> Cameras:
@@ -27,7 +31,9 @@ def cameras() -> Cameras:
     return Cameras(poses, fx=30.0, fy=20.0, cx=20.0, cy=10.0, width=40, height=20)
 
 
-def test_clients_start_at_the_middle_camera_and_turn_about_what_it_looks_at(tiny_config, start):
+def test_clients_start_at_the_middle_camera_and_turn_about_what_it_looks_at(
+    tiny_config, start, monkeypatch
+):
     model = start(tiny_config()).pipeline.model
     found = [control for _, control in parse_object(model, ViewerControl, "")]  # as nerfstudio does
     (control,) = [control for control in found if isinstance(control, StartAtACamera)]
@@ -43,7 +49,10 @@ def test_clients_start_at_the_middle_camera_and_turn_about_what_it_looks_at(tiny
 
     viewer.init_scene = init_scene
     viewer.viser_server = SimpleNamespace(on_client_connect=callbacks.append)
+    at_exit = []
+    monkeypatch.setattr(atexit, "register", lambda *call: at_exit.append(call))
     control._setup(viewer)
+    assert at_exit == [(end_renders, viewer)]
     (connect,) = callbacks
     client, camera = object.__new__(viser.ClientHandle), SimpleNamespace()
     client.camera, client.atomic = camera, contextlib.nullcontext
@@ -60,6 +69,26 @@ def test_clients_start_at_the_middle_camera_and_turn_about_what_it_looks_at(tiny
     viewer.init_scene("three", "training", "cameras")
     shown = [handle.visible for handle in viewer.camera_handles.values()]
     assert shown == [True, False, True]  # its photo would hide the scene
+
+
+def test_a_picture_under_way_is_given_up_when_the_process_ends():
+    begun = threading.Event()
+
+    class Endless(RenderStateMachine):
+        def _render_img(self, _):
+            with SetTrace(self.check_interrupt):
+                while True:
+                    begun.set()
+
+    viewer, client = object.__new__(Viewer), object.__new__(viser.ClientHandle)
+    viewer.ready, viewer.get_camera_state = True, lambda client: None
+    machine = Endless(viewer, 10.0, client)
+    viewer.render_statemachines = {0: machine}
+    machine.action(RenderAction("move", None))
+    machine.start()
+    assert begun.wait(60)
+    end_renders(viewer)
+    assert not machine.is_alive()
 
 
 def test_a_status_line_shows_what_it_is_told_below_step_and_resolution():
