@@ -1,51 +1,60 @@
-"""``mwnerf bench``: train → evaluate → export → decode → evaluate, as one row of results."""
+"""``mwnerf bench``: presets × variants × scenes × seeds, as rows of results."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import resource
-import shlex
-import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
 from nerfstudio.utils.rich_utils import CONSOLE
+from rich import box
+from rich.table import Table
 
-import masked_wavelet_codec as codec
-from masked_wavelet_nerf import __version__, report
-from masked_wavelet_nerf.clock import device_name, peak_bytes
-from masked_wavelet_nerf.errors import UserError
-from masked_wavelet_nerf.export import ProfileName, export_run
-from masked_wavelet_nerf.presets import Preset, load_preset
-from masked_wavelet_nerf.runs import evaluate, open_run, write_run
-
-
-class BenchError(UserError):
-    """A benchmark was asked for the impossible, or its training failed."""
+from masked_wavelet_nerf.experiment import SAMPLE_SCENE, BenchError, Experiment
+from masked_wavelet_nerf.laboratory import EngineName, run_experiments
+from masked_wavelet_nerf.presets import load_preset
+from masked_wavelet_nerf.results import Row
 
 
 @dataclass
 class Bench:
-    """Train a preset with ns-train, export, decode, and measure before and after."""
+    """Train presets with ns-train, export, decode, and measure before and after.
 
-    preset: Annotated[Path, tyro.conf.Positional]
-    """TOML file under configs/."""
-    data: Path
-    """Folder of the capture."""
-    profile: ProfileName = "range"
-    """Coding profile of the export."""
+    Every run of every preset (its variants, its sweep) is trained on every scene with every seed.
+    With --rows, results are added to a file as they come, and what is there already is not run
+    again: a sweep that was stopped goes on with the same command. mwnerf report makes tables and
+    curves of such files.
+    """
+
+    presets: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """TOML files under configs/."""
+    data: Path | None = None
+    """Folder of the one capture to train on, whatever scenes the presets name."""
+    data_root: Path | None = None
+    """Folder of the scenes that the presets name."""
+    scenes: tuple[str, ...] = ()
+    """Of these scenes, only so many; all if not given."""
+    seeds: tuple[int, ...] = (42,)
+    """Random seeds (--machine.seed)."""
+    rows: Path | None = None
+    """File of results, one JSON object on each line: added to, and resumed from."""
+    jobs: int = 1
+    """Experiments at a time. Presets with threads = 1 do not slow each other down while there are
+    cores; on several GPUs, each job has one."""
+    engine: EngineName = "local"
+    """Where experiments run: in processes here, or as tasks of Ray (its cluster, if RAY_ADDRESS
+    names one, whose machines must see --data-root and --output-dir under the same names)."""
+    retries: int = 1
+    """Try an experiment that fails so many times more."""
     output_dir: Path | None = None
-    """Where the run goes; a temporary folder if not given."""
-    seed: int = 42
-    """Random seed (--machine.seed)."""
+    """Where runs go, each in a folder of its own; a temporary folder if not given."""
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     """Device to train on."""
     steps: int | None = None
@@ -54,162 +63,125 @@ class Bench:
     """Evaluate so many test views only, evenly spread."""
     eval_stride: int = 1
     """Evaluate one of so many rows and columns: quicker, about the same PSNR, another SSIM."""
+    dry_run: bool = False
+    """Say what would be trained, and stop."""
     json: bool = False
-    """Print the row as JSON on standard output; progress goes to standard error."""
+    """Print rows as JSON on standard output, one a line; progress goes to standard error."""
 
-    def main(self) -> None:
-        """Run, and print the row."""
-        for name in ("steps", "eval_views", "eval_stride"):
+    def main(self) -> int:
+        """Run, and print a table of the rows; 1 if an experiment failed."""
+        for name in ("jobs", "steps", "eval_views", "eval_stride"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 flag = name.replace("_", "-")
                 raise BenchError(f"--{flag} {value}: expected 1 or more")
-        preset = load_preset(self.preset)
+        experiments = self.plan()
+        if self.dry_run:
+            for experiment in experiments:
+                print(experiment.title)
+            return 0
         with contextlib.ExitStack() as stack:
             output_dir = self.output_dir
             if output_dir is None:
                 output_dir = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             with contextlib.redirect_stdout(sys.stderr):
-                flags = ["--machine.seed", str(self.seed), "--machine.device-type", self.device]
-                if self.steps is not None:
-                    flags += ["--max-num-iterations", str(self.steps)]
-                row, description = run_preset(
-                    preset,
-                    self.data,
+                rows, failed = run_experiments(
+                    experiments,
                     output_dir,
-                    profile=self.profile,
-                    flags=flags,
-                    num_views=self.eval_views,
-                    stride=self.eval_stride,
+                    rows_path=self.rows,
+                    jobs=self.jobs,
+                    engine=self.engine,
+                    retries=self.retries,
                 )
-                row["seed"] = self.seed
+            if failed and self.output_dir is None:
+                stack.pop_all()  # their logs are what is needed now
         if self.json:
-            print(json.dumps(row))
-            return
-        CONSOLE.print(report.tables(description))
-        for key, value in row.items():
-            CONSOLE.print(f"{key}: {value}", highlight=False, soft_wrap=True)
+            for row in rows:
+                print(json.dumps(row))
+        else:
+            CONSOLE.print(_table(rows))
+        if failed:
+            CONSOLE.print(
+                f"[red]{len(failed)} of {len(experiments)} experiments failed[/red]; logs are in "
+                f"{output_dir}. The same command with --rows tries them again.",
+                highlight=False,
+                soft_wrap=True,
+            )
+        return 1 if failed else 0
+
+    def plan(self) -> list[Experiment]:
+        """All experiments, seeds last: the first seed of everything is there first.
+
+        Raises:
+            UserError: if a preset cannot be used, or a capture is not where it should be.
+        """
+        if not self.presets:
+            raise BenchError("expected at least one preset, a TOML file under configs/")
+        if self.data is not None and self.data_root is not None:
+            raise BenchError("--data is one capture, --data-root a folder of them: give one")
+        experiments = []
+        for path in self.presets:
+            preset = load_preset(path)
+            for scene, data in self._scenes(path, preset.scenes):
+                for variant, place, run in preset.runs():
+                    for seed in self.seeds:
+                        experiments.append(
+                            Experiment(
+                                preset=run,
+                                variant=variant,
+                                place=place,
+                                scene=scene,
+                                data=data,
+                                seed=seed,
+                                device=self.device,
+                                steps=self.steps,
+                                eval_views=self.eval_views,
+                                eval_stride=self.eval_stride,
+                            )
+                        )
+        return sorted(experiments, key=lambda experiment: self.seeds.index(experiment.seed))
+
+    def _scenes(self, path: Path, named: tuple[str, ...]) -> list[tuple[str, str | None]]:
+        """Names of scenes, and where their captures are."""
+        if self.data is not None:
+            if not self.data.exists():
+                raise BenchError(f"--data {self.data}: not there; expected a capture's folder")
+            return [(self.data.resolve().name, str(self.data.absolute()))]
+        chosen = [scene for scene in named if not self.scenes or scene in self.scenes]
+        if not chosen:
+            known = f"; it has {', '.join(named)}" if named else ""
+            which = f"--scenes {' '.join(self.scenes)}: none" if named else "no [run] scenes"
+            raise BenchError(f"{path}: {which}{known}. --data names a capture to train on")
+        found: list[tuple[str, str | None]] = []
+        for scene in chosen:
+            if scene == SAMPLE_SCENE:
+                found.append((scene, None))
+                continue
+            if self.data_root is None:
+                raise BenchError(
+                    f"{path} trains on {', '.join(chosen)}: --data-root says which folder they "
+                    "are in, --data names one capture to train on instead"
+                )
+            folder = self.data_root / scene
+            if not folder.exists():
+                raise BenchError(f"{path}: {folder} is not there; expected the scene {scene!r}")
+            found.append((scene, str(folder.absolute())))
+        return found
 
 
-def run_preset(
-    preset: Preset,
-    data: Path,
-    output_dir: Path,
-    *,
-    profile: ProfileName = "range",
-    flags: list[str] | None = None,
-    num_views: int | None = None,
-    stride: int = 1,
-) -> tuple[dict[str, Any], codec.Description]:
-    """Trains, evaluates, exports, decodes and evaluates again.
-
-    Leaves ``output_dir``/METHOD/trained (the run), scene.mwnf, and decoded (the run made from it).
-
-    Returns:
-        The row of results (times in seconds, PSNR in dB) and the file's description.
-
-    Raises:
-        BenchError: if training fails.
-    """
-    threads = preset.num_threads
-    config_path, seconds, command = train(preset, data, output_dir, flags or [])
-    torch.set_num_threads(threads)
-    run = open_run(config_path, data)
-    if run.pipeline is None:
-        raise BenchError(f"{data}: the capture cannot be read: {run.missing}")
-    before = evaluate(run.pipeline, num_views, stride)
-
-    start = time.perf_counter()
-    path, description = export_run(
-        run,
-        output_dir / "scene.mwnf",
-        profile=profile,
-        psnr=before.psnr,
-    )
-    encode_seconds = time.perf_counter() - start
-    data_bytes = path.read_bytes()
-    start = time.perf_counter()
-    scene = codec.decode(data_bytes)
-    decode_seconds = time.perf_counter() - start
-    decoded = open_run(write_run(scene, output_dir / "decoded", data), data)
-    assert decoded.pipeline is not None
-    after = evaluate(decoded.pipeline, num_views, stride)
-
-    steps = run.step + 1
-    row = {
-        "preset": preset.name,
-        "profile": profile,
-        "psnr_before": before.psnr,
-        "psnr_after": after.psnr,
-        "ssim": after.ssim,
-        "bytes": description.num_bytes,
-        "estimated_bytes": float(run.model.rate.estimate(run.model.field.to_spatial().kept)),
-        "bytes_by_part": description.parts,
-        "dropped": report.dropped_fraction(description),
-        "integers_equal": _same_integers(run.model, decoded.model, scene.bits),
-        "steps": steps,
-        "steps_per_second": steps / seconds,
-        "train_seconds": seconds,
-        "encode_seconds": encode_seconds,
-        "decode_seconds": decode_seconds,
-        "render_rays_per_second": before.rays_per_second,
-        "train_peak_bytes": peak_bytes(resource.RUSAGE_CHILDREN),
-        "render_peak_bytes": peak_bytes(resource.RUSAGE_SELF),
-        "views": before.num_views,
-        "eval_stride": stride,
-        "threads": threads,
-        "device": device_name(run.model.device),
-        "version": __version__,
-        "torch": torch.__version__,
-        "command": command,
-    }
-    return row, description
-
-
-def train(
-    preset: Preset, data: Path, output_dir: Path, flags: list[str]
-) -> tuple[Path, float, str]:
-    """Runs ``ns-train`` in a process of its own, without evaluations on the way.
-
-    Returns:
-        The run's config.yml; seconds from reading the capture to the last checkpoint; the command.
-
-    Raises:
-        BenchError: if it fails.
-    """
-    never = "1000000000"
-    arguments = preset.arguments(data)
-    extra = [
-        "--output-dir", str(output_dir), "--experiment-name", ".", "--timestamp", "trained",
-        "--vis", "tensorboard", "--steps-per-eval-batch", never, "--steps-per-eval-image", never,
-        "--steps-per-eval-all-images", never, *flags,
-    ]  # fmt: skip
-    split = arguments.index("--data")  # after the preset's flags: the last one counts
-    arguments = [*arguments[:split], *extra, *arguments[split:]]
-    threads = str(preset.num_threads)
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    finished = subprocess.run(
-        [sys.executable, "-m", "nerfstudio.scripts.train", *arguments],
-        env=environment,
-        stdout=sys.stderr,
-        stdin=subprocess.DEVNULL,
-        check=False,
-    )
-    config_path = output_dir / preset.method / "trained" / "config.yml"
-    checkpoints = sorted((config_path.parent / "nerfstudio_models").glob("step-*.ckpt"))
-    if finished.returncode != 0 or not checkpoints:
-        raise BenchError(
-            f"ns-train failed with exit code {finished.returncode}; its messages are above. "
-            f"The command was: ns-train {shlex.join(arguments)}"
+def _table(rows: Sequence[Row]) -> Table:
+    table = Table(box=box.MARKDOWN)
+    for column in ("experiment", "seed", "PSNR", "bytes", "dropped", "minutes"):
+        table.add_column(column, justify="left" if column == "experiment" else "right")
+    for row in rows:
+        place = [f"{flag.rsplit('.')[-1]} {value}" for flag, value in row["place"].items()]
+        words = [row["preset"], row["variant"], *place, row["scene"], row["export"]]
+        table.add_row(
+            ", ".join(word for word in words if word),
+            str(row["seed"]),
+            f"{row['psnr_after']:.2f}",
+            f"{row['bytes']:,}",
+            f"{row['dropped']:.1%}",
+            f"{row['train_seconds'] / 60:.1f}",
         )
-    seconds = checkpoints[-1].stat().st_mtime - config_path.stat().st_mtime
-    return config_path, seconds, shlex.join(["ns-train", *arguments])
-
-
-def _same_integers(trained: Any, decoded: Any, bits: int) -> bool:
-    pairs = zip(trained.field.grids().values(), decoded.field.grids().values(), strict=True)
-    return all(
-        torch.equal(a.values, b.values) and torch.equal(a.mask, b.mask)
-        for one, other in pairs
-        for a, b in zip(one.integers(bits), other.integers(bits), strict=True)
-    )
+    return table

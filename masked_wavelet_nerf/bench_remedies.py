@@ -22,9 +22,9 @@ import numpy as np
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from masked_wavelet_nerf.bench import run_preset
 from masked_wavelet_nerf.datasets.sample import write_sample_capture
 from masked_wavelet_nerf.demo import demo_preset
+from masked_wavelet_nerf.experiment import run_preset
 
 TURN, SHIFT = 0.5, 0.02
 """Standard deviations of a camera's errors: degrees in all, and scene units along each axis."""
@@ -82,7 +82,7 @@ def main() -> None:
                 disturb(capture)
             preset = demo_preset()
             preset = dataclasses.replace(preset, flags={**preset.flags, **flags})
-            found, _ = run_preset(preset, capture, Path(name) / row.replace(" ", "_"))
+            (found,), _ = run_preset(preset, capture, Path(name) / row.replace(" ", "_"))
             numbers = (
                 f"{found['psnr_after']:.2f} | {found['bytes']:,} | {found['train_seconds']:.0f}"
             )

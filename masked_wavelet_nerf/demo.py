@@ -15,11 +15,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 from masked_wavelet_nerf import pictures, report
-from masked_wavelet_nerf.bench import run_preset
 from masked_wavelet_nerf.datasets.sample import write_sample_capture
+from masked_wavelet_nerf.experiment import compare_with_photo, run_preset
 from masked_wavelet_nerf.model import MaskedWaveletModel
 from masked_wavelet_nerf.presets import Preset
-from masked_wavelet_nerf.runs import Run, open_run
+from masked_wavelet_nerf.runs import open_run
 
 _UPSAMPLE_STEPS = [150, 300]
 _STEPS = 800
@@ -71,10 +71,10 @@ class Demo:
                 progress=lambda done, total: progress.update(photos, completed=done, total=total),
             )
         CONSOLE.rule("[bold]2. Train, export, decode, evaluate")
-        row, description = run_preset(demo_preset(self.steps), capture, self.output_dir)
+        (row,), (description,) = run_preset(demo_preset(self.steps), capture, self.output_dir)
         CONSOLE.rule("[bold]3. Pictures of the decoded scene")
         decoded = open_run(self.output_dir / "decoded" / "config.yml", capture)
-        picture = _side_by_side(decoded, self.output_dir / "side_by_side.png")
+        picture = compare_with_photo(decoded, self.output_dir / "side_by_side.png", 3, scale=3)
         turntable = None
         if self.turntable_frames:
             frames = _turntable(decoded.model, self.turntable_frames)
@@ -98,21 +98,6 @@ class Demo:
             f"Look at it: ns-viewer --load-config {self.output_dir / 'decoded' / 'config.yml'}",
             soft_wrap=True,
         )
-
-
-def _side_by_side(run: Run, path: Path) -> Path:
-    """Three test views: the photo, the decoded scene, their difference."""
-    assert run.pipeline is not None
-    rows = []
-    dataset = run.pipeline.datamanager.eval_dataset
-    assert dataset is not None
-    for index in np.linspace(0, len(dataset) - 1, 3).astype(int):
-        photo = dataset[int(index)]["image"][..., :3].numpy()
-        camera = dataset.cameras[int(index) : int(index) + 1].to(run.model.device)
-        rendered = _render(run.model, camera)
-        rows.append([photo, rendered, pictures.difference(photo, rendered, gain=5.0)])
-    pictures.side_by_side(rows, ["photo", "decoded", "difference x 5"], path, scale=3)
-    return path
 
 
 def _turntable(model: MaskedWaveletModel, num_frames: int) -> list[np.ndarray]:

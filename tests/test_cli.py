@@ -65,7 +65,8 @@ def bench(capture, tmp_path_factory) -> tuple[dict, Path]:
         f"[flags]\n{FLAGS}"
     )
     finished = run("mwnerf", "bench", preset, "--data", capture, "--output-dir", folder, "--json")
-    return json.loads(finished.stdout), folder
+    row = json.loads(finished.stdout)
+    return row, folder / row["experiment"]
 
 
 def test_bench_row_from_training_to_decoding(bench):
@@ -81,6 +82,8 @@ def test_bench_row_from_training_to_decoding(bench):
     assert row["threads"] == 2
     assert row["device"] == "cpu"
     assert row["command"].startswith("ns-train masked-wavelet-bounded ")
+    assert row["command"].endswith(" --data DATA blender-data")
+    assert (row["preset"], row["variant"], row["place"], row["export"]) == ("tiny", "", {}, "")
     for key in ("encode_seconds", "decode_seconds", "render_rays_per_second", "train_seconds"):
         assert row[key] > 0
 
@@ -395,8 +398,8 @@ def test_committed_presets_are_understood_by_ns_train():
     import tyro
     from nerfstudio.configs.method_configs import all_methods
 
-    for path in Path(__file__).parent.parent.glob("configs/*.toml"):
-        preset = load_preset(path)
+    presets = [load_preset(p) for p in Path(__file__).parent.parent.glob("configs/**/*.toml")]
+    for _, _, preset in (run for preset in presets for run in preset.runs()):
         arguments = preset.arguments(Path("capture"))
         method = all_methods[preset.method]
         # nerfstudio's own setting: True and False are written out.
