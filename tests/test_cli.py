@@ -399,7 +399,7 @@ def test_committed_presets_are_understood_by_ns_train():
     from nerfstudio.configs.method_configs import all_methods
 
     presets = [load_preset(p) for p in Path(__file__).parent.parent.glob("configs/**/*.toml")]
-    for _, _, preset in (run for preset in presets for run in preset.runs()):
+    for _, _, preset in (run for of in presets for run in of.runs()):
         arguments = preset.arguments(Path("capture"))
         method = all_methods[preset.method]
         # nerfstudio's own setting: True and False are written out.
