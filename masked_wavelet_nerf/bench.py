@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -40,7 +41,8 @@ class Bench:
     data_root: Path | None = None
     """Folder of the scenes that the presets name."""
     scenes: tuple[str, ...] = ()
-    """Of these scenes, only so many; all if not given."""
+    """Only these scenes of those that presets name (lego is enough for nerf_synthetic/lego); all if
+    not given."""
     seeds: tuple[int, ...] = (42,)
     """Random seeds (--machine.seed)."""
     rows: Path | None = None
@@ -75,15 +77,16 @@ class Bench:
             if value is not None and value < 1:
                 flag = name.replace("_", "-")
                 raise BenchError(f"--{flag} {value}: expected 1 or more")
+        if self.retries < 0:
+            raise BenchError(f"--retries {self.retries}: expected 0 or more")
         experiments = self.plan()
         if self.dry_run:
             for experiment in experiments:
                 print(experiment.title)
             return 0
-        with contextlib.ExitStack() as stack:
-            output_dir = self.output_dir
-            if output_dir is None:
-                output_dir = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        output_dir = self.output_dir or Path(tempfile.mkdtemp(prefix="mwnerf-bench-"))
+        failed = []
+        try:
             with contextlib.redirect_stdout(sys.stderr):
                 rows, failed = run_experiments(
                     experiments,
@@ -93,19 +96,19 @@ class Bench:
                     engine=self.engine,
                     retries=self.retries,
                 )
-            if failed and self.output_dir is None:
-                stack.pop_all()  # their logs are what is needed now
+        finally:
+            if self.output_dir is None and not failed:  # else their logs are what is needed now
+                shutil.rmtree(output_dir, ignore_errors=True)
         if self.json:
             for row in rows:
                 print(json.dumps(row))
         else:
             CONSOLE.print(_table(rows))
         if failed:
-            CONSOLE.print(
-                f"[red]{len(failed)} of {len(experiments)} experiments failed[/red]; logs are in "
+            print(
+                f"{len(failed)} of {len(experiments)} experiments failed; logs are in "
                 f"{output_dir}. The same command with --rows tries them again.",
-                highlight=False,
-                soft_wrap=True,
+                file=sys.stderr,
             )
         return 1 if failed else 0
 
@@ -139,6 +142,8 @@ class Bench:
                                 eval_stride=self.eval_stride,
                             )
                         )
+        if not experiments:
+            raise BenchError(f"--scenes {' '.join(self.scenes)}: no preset names such a scene")
         return sorted(experiments, key=lambda experiment: self.seeds.index(experiment.seed))
 
     def _scenes(self, path: Path, named: tuple[str, ...]) -> list[tuple[str, str | None]]:
@@ -147,11 +152,9 @@ class Bench:
             if not self.data.exists():
                 raise BenchError(f"--data {self.data}: not there; expected a capture's folder")
             return [(self.data.resolve().name, str(self.data.absolute()))]
-        chosen = [scene for scene in named if not self.scenes or scene in self.scenes]
-        if not chosen:
-            known = f"; it has {', '.join(named)}" if named else ""
-            which = f"--scenes {' '.join(self.scenes)}: none" if named else "no [run] scenes"
-            raise BenchError(f"{path}: {which}{known}. --data names a capture to train on")
+        if not named:
+            raise BenchError(f"{path}: no [run] scenes; --data names a capture to train on")
+        chosen = [s for s in named if not self.scenes or {s, s.split("/")[-1]} & {*self.scenes}]
         found: list[tuple[str, str | None]] = []
         for scene in chosen:
             if scene == SAMPLE_SCENE:

@@ -24,11 +24,15 @@ COMMANDS = {
     "decode": ("masked_wavelet_nerf.decode", "Decode", "turn a bitstream back into a run"),
     "view": ("masked_wavelet_nerf.view", "View", "look at a bitstream in the browser"),
     "info": ("masked_wavelet_nerf.decode", "Info", "describe a bitstream"),
-    "bench": ("masked_wavelet_nerf.bench", "Bench", "measure a preset from training to decoding"),
-    "curve": (
-        "masked_wavelet_nerf.curves",
-        "Curve",
-        "compare rate-distortion curves of rows that bench printed",
+    "bench": (
+        "masked_wavelet_nerf.bench",
+        "Bench",
+        "measure presets from training to decoding, over scenes and seeds",
+    ),
+    "report": (
+        "masked_wavelet_nerf.report_page",
+        "Report",
+        "tables, curves and a page of what bench measured",
     ),
     "peers": (
         "masked_wavelet_nerf.peers",
@@ -77,7 +81,8 @@ def _print_help() -> None:
 
 
 def _fail(message: str) -> int:
-    Console(stderr=True).print(f"mwnerf {message}", style="red", highlight=False, soft_wrap=True)
+    console = Console(stderr=True)
+    console.print(f"mwnerf {message}", style="red", markup=False, highlight=False, soft_wrap=True)
     return 2
 
 

@@ -28,6 +28,7 @@ from masked_wavelet_nerf.datasets.sample import write_sample_capture
 from masked_wavelet_nerf.errors import UserError
 from masked_wavelet_nerf.export import export_run
 from masked_wavelet_nerf.presets import Preset
+from masked_wavelet_nerf.prune import prune
 from masked_wavelet_nerf.runs import Evaluation, Run, evaluate, open_run, write_run
 
 SAMPLE_SCENE = "sample"
@@ -66,10 +67,15 @@ class Experiment:
 
     @property
     def identity(self) -> str:
-        """The same for experiments that would train and measure the same."""
-        what = asdict(self) | {"data": None, "preset": self.preset.arguments(Path("DATA"))}
+        """The same for experiments of one name that train and measure the same, wherever they run.
+
+        A capture counts by its scene's name, not by where it lies.
+        """
+        what = asdict(self) | {"data": None, "preset": self.preset.name}
+        what["arguments"] = self.preset.arguments(Path("DATA"))
         what["exports"] = dict(self.preset.exports)
-        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+        text = json.dumps(what, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def title(self) -> str:
@@ -80,13 +86,14 @@ class Experiment:
 
     def to_json(self) -> str:
         """As :meth:`from_json` reads it."""
-        return json.dumps(asdict(self))
+        return json.dumps(asdict(self), default=str)  # TOML knows dates
 
     @staticmethod
     def from_json(text: str) -> Experiment:
         """The experiment that was written."""
         content = json.loads(text)
-        return Experiment(**content | {"preset": Preset(**content["preset"])})
+        preset = content["preset"] | {"scenes": tuple(content["preset"]["scenes"])}
+        return Experiment(**content | {"preset": Preset(**preset)})
 
     def run(self, output_dir: Path) -> list[dict[str, Any]]:
         """Runs it in this process; files go into ``output_dir``.
@@ -115,6 +122,8 @@ class Experiment:
             "place": dict(self.place),
             "scene": self.scene,
             "seed": self.seed,
+            "paper": self.preset.published(self.scene, self.place),
+            "paper_mean": self.preset.published(None, self.place),
         }
         return [known | row for row in rows]
 
@@ -192,8 +201,11 @@ def _export_and_measure(
     profile = options.get("profile", "range")
     start = time.perf_counter()
     psnr = trained.psnr
+    if "keep" in options:
+        prune(run.model, options["keep"])
     if options.get("allowed-loss", 0) > 0:
         recode.coarsen(run, options["allowed-loss"])
+    if options.keys() & {"keep", "allowed-loss"}:
         psnr = evaluate(run.pipeline, num_views, stride).psnr
     path, description = export_run(run, output_dir / "scene.mwnf", profile=profile, psnr=psnr)
     encode_seconds = time.perf_counter() - start
@@ -263,7 +275,7 @@ def training_curves(folder: Path) -> dict[str, list[list[float]]]:
         points = np.array([(event.step, event.value) for event in log.Scalars(tag)])
         parts = np.array_split(points, min(_CURVE_POINTS, len(points)))
         means = [part.mean(axis=0) for part in parts]
-        curves[name] = [[round(float(step)), float(f"{value:.5g}")] for step, value in means]
+        curves[name] = [[float(round(step)), float(f"{value:.5g}")] for step, value in means]
     return curves
 
 

@@ -22,7 +22,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 
 from masked_wavelet_nerf.errors import UserError
 from masked_wavelet_nerf.experiment import Experiment
-from masked_wavelet_nerf.results import Row, add_rows, read_rows
+from masked_wavelet_nerf.results import Row, add_rows, rows_so_far
 
 EngineName = Literal["local", "ray"]
 _LINES_OF_LOG = 15
@@ -59,9 +59,14 @@ def run_experiments(
         EngineError: if the engine is not installed.
     """
     wanted = {experiment.identity: experiment for experiment in experiments}
-    before = read_rows(rows_path) if rows_path is not None and rows_path.exists() else []
+    before = rows_so_far(rows_path) if rows_path is not None and rows_path.exists() else []
     rows = [row for row in before if row.get("experiment") in wanted]
-    done = {row["experiment"] for row in rows}
+    known = {(row["experiment"], row.get("export")) for row in rows}
+    done = {
+        key
+        for key, experiment in wanted.items()
+        if known >= {(key, export) for export in experiment.preset.exports}
+    }
     left = [experiment for key, experiment in wanted.items() if key not in done]
     if done:
         CONSOLE.print(f"{len(done)} of {len(wanted)} experiments are in {rows_path}: kept.")
@@ -70,11 +75,13 @@ def run_experiments(
     for count, (experiment, found) in enumerate(results, 1):
         if isinstance(found, str):
             failed.append(experiment)
-            CONSOLE.print(f"[red]Failed:[/red] {experiment.title}\n{found}", highlight=False)
+            text = f"Failed: {experiment.title}\n{found}"
+            CONSOLE.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
-            rows += found
+            new = [row for row in found if (row["experiment"], row["export"]) not in known]
+            rows += new
             if rows_path is not None:
-                add_rows(rows_path, found)
+                add_rows(rows_path, new)
         minutes = (time.monotonic() - start) / 60
         to_go = minutes / count * (len(left) - count)
         for row in () if isinstance(found, str) else found:
@@ -82,6 +89,7 @@ def run_experiments(
                 f"{count} of {len(left)}: {experiment.title} {row['export']}: "
                 f"{row['psnr_after']:.2f} dB in {row['bytes']:,} bytes; {minutes:.0f} min so far, "
                 f"some {to_go:.0f} to go",
+                markup=False,
                 highlight=False,
                 soft_wrap=True,
             )
@@ -89,7 +97,7 @@ def run_experiments(
 
 
 def attempt(
-    experiment: Experiment, output_dir: Path, threads: int, gpu: int | None, retries: int
+    experiment: Experiment, output_dir: Path, threads: int, gpu: str | None, retries: int
 ) -> list[Row] | str:
     """Runs one experiment in a process of its own.
 
@@ -109,7 +117,7 @@ def attempt(
     number = str(experiment.preset.threads or threads)
     environment = {**os.environ, "OMP_NUM_THREADS": number, "MKL_NUM_THREADS": number}
     if gpu is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
     command = [sys.executable, "-m", "masked_wavelet_nerf.experiment", experiment.to_json()]
     code = 0
     for _ in range(1 + retries):
@@ -136,9 +144,11 @@ def _locally(
     experiments: Sequence[Experiment], output_dir: Path, jobs: int, retries: int
 ) -> Results:
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
-    gpus: SimpleQueue[int | None] = SimpleQueue()
+    gpus: SimpleQueue[str | None] = SimpleQueue()
+    ours = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = ours.split(",") if ours else [str(number) for number in range(_num_gpus())]
     for slot in range(jobs):
-        gpus.put(slot % _num_gpus() if _num_gpus() > 1 else None)
+        gpus.put(names[slot % len(names)] if len(names) > 1 else None)
 
     def work(experiment: Experiment) -> list[Row] | str:
         gpu = gpus.get()
@@ -175,7 +185,8 @@ def _with_ray(
     own = not ray.is_initialized()
     if own:
         cluster = "auto" if os.environ.get("RAY_ADDRESS") else None
-        ray.init(cluster, num_cpus=None if cluster else jobs, log_to_driver=False)
+        threads = max((experiment.preset.threads or 1 for experiment in experiments), default=1)
+        ray.init(cluster, num_cpus=None if cluster else jobs * threads, log_to_driver=False)
     try:
         tasks: dict[Any, Experiment] = {}
         for experiment in experiments:

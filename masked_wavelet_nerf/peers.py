@@ -14,6 +14,9 @@ nerfacto  What nerfstudio's benchmark script sets for Blender scenes: near and f
           uniform first sampler, no contraction, no distortion loss, no average appearance. And the
           torch implementation of its hash grids, since tiny-cuda-nn may not be there.
 
+Any other installed method that trains on rays of an image data manager can be named, too (K-Planes'
+plugin: --methods kplanes): all but what every peer takes over is its own.
+
 In unbounded scenes nerfacto alone, which is made for them: all but steps, rays and the torch
 implementation is its own, background and camera optimiser included.
 
@@ -53,6 +56,7 @@ import torch.nn.functional as F
 import tyro
 from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
 from nerfstudio.configs.method_configs import all_methods
+from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManagerConfig
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackLocation
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
@@ -94,8 +98,9 @@ class Peers:
     data: Path
     """Folder of the capture."""
     methods: tuple[str, ...] | None = None
-    """What to train, in this order: the preset's own method, tensorf, nerfacto; all that can train
-    on such a scene if not given."""
+    """What to train, in this order: the preset's own method, tensorf, nerfacto (those of them that
+    can train on such a scene if not given), or any installed method that trains on rays, with its
+    own settings: kplanes, where K-Planes' plugin is installed."""
     max_minutes: float = 30.0
     """Training of a method stops after so many minutes, evaluations not counted."""
     target_psnr: float = 30.0
@@ -197,8 +202,16 @@ def check_method(method: str, preset: Preset) -> None:
         PeersError: naming the choices.
     """
     choices = (preset.method, *_PEERS)
-    if method not in choices:
-        raise PeersError(f"unknown method {method!r}; expected some of {', '.join(choices)}")
+    if method in choices:
+        return
+    if method not in all_methods:
+        raise PeersError(
+            f"unknown method {method!r}; expected some of {', '.join(choices)}, or an installed "
+            "method that trains on rays: ns-train --help lists them"
+        )
+    manager = getattr(getattr(all_methods[method], "pipeline", None), "datamanager", None)
+    if not isinstance(manager, VanillaDataManagerConfig):
+        raise PeersError(f"{method}: it does not train on rays of photos, so it cannot take ours")
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
@@ -325,7 +338,9 @@ _PEERS = {"tensorf": tensorf_config, "nerfacto": nerfacto_config}
 
 def method_config(method: str, ours: TrainerConfig) -> TrainerConfig:
     """The configuration of a method that :func:`check_method` lets through."""
-    return _PEERS[method](ours) if method in _PEERS else ours
+    if method == ours.method_name:
+        return ours
+    return _PEERS[method](ours) if method in _PEERS else _peer_config(method, ours)
 
 
 def _in_this_run(config: TrainerConfig, job: Job) -> TrainerConfig:
@@ -414,7 +429,7 @@ def run_job(job: Job) -> dict[str, Any]:
         "torch": torch.__version__,
         "curve": [dataclasses.astuple(point) for point in monitor.curve],
     }
-    if job.method in _PEERS:
+    if job.method != preset.method:
         row["bytes"] = 4 * count_rendering_values(trainer.pipeline.model)
         return row
     num_bytes, decoded = _send(trainer, last.psnr, job)
@@ -610,7 +625,8 @@ def measure(model: Model, dataset: InputDataset, num_views: int) -> Rendered:
     for index in np.linspace(0, len(dataset) - 1, count).astype(int).tolist():
         camera = dataset.cameras[index : index + 1].to(model.device)
         watch.start()
-        rgb = model.get_outputs_for_camera(camera)["rgb"]
+        outputs = model.get_outputs_for_camera(camera)
+        rgb = outputs["rgb" if "rgb" in outputs else "rgb_fine"]
         watch.stop()
         num_rays += rgb[..., 0].numel()
         # Where the parser has not done so, pixels are blended as in nerfstudio's own metrics.

@@ -2,15 +2,17 @@
 
 [about]         source, expected, notes: read by people
 [run]           method, dataparser (nerfstudio's name), threads (0: all cores), scenes (folders
-                below --data-root), base (another preset, relative to this file, of which all holds
-                that is not said here)
+                below --data-root), base (another preset, relative to this file, whose [run],
+                [flags] and [dataparser] hold where nothing else is said here)
 [flags]         ns-train flags; nested tables are joined with dots
 [dataparser]    flags of the data parser
 [sweep]         a list of values for each of some flags (joined with dots, in quotes): a run for
                 each combination, which together are a curve
 [variants.NAME] flags in which a run differs, nested as in [flags]: a curve for each
-[exports.NAME]  how the run is written: profile (range or paper), allowed-loss (dB); a row for each
-[paper]         published numbers to hold against, by scene: psnr (dB), megabytes
+[exports.NAME]  how the run is written: profile (range or paper), allowed-loss (dB), keep (share of
+                the coefficients, the largest, in place of trained masks); a row for each
+[[paper]]       published numbers to hold against: psnr (dB), megabytes (2^20 bytes), dropped; of a
+                scene, or the mean over all; at a place in the sweep, or at any
 """
 
 from __future__ import annotations
@@ -39,6 +41,9 @@ class PresetError(UserError):
     """A preset file cannot be used."""
 
 
+_PUBLISHED = ("psnr", "megabytes", "dropped")
+
+
 @dataclass(frozen=True)
 class Preset:
     """How a run is trained."""
@@ -56,8 +61,8 @@ class Preset:
     sweep: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     exports: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
-    """How a run is written, by name: profile, allowed-loss."""
-    paper: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """How a run is written, by name: profile, allowed-loss, keep."""
+    paper: Sequence[Mapping[str, Any]] = ()
 
     def runs(self) -> Iterator[tuple[str, dict[str, Any], Preset]]:
         """(variant, its place in the sweep, what it trains) of every run; at least one.
@@ -70,10 +75,27 @@ class Preset:
                 changed = {**flatten(self.flags), **place, **flatten(flags)}
                 yield name, place, dataclasses.replace(self, flags=changed, sweep={}, variants={})
 
+    def published(self, scene: str | None, place: Mapping[str, Any]) -> dict[str, float]:
+        """What others report.
+
+        Args:
+            scene: of a scene; None for the mean over all scenes.
+            place: of the sweep.
+
+        Returns:
+            psnr (dB), megabytes, dropped; as far as they are known.
+        """
+        for numbers in self.paper:
+            at = {key: value for key, value in numbers.items() if key not in _PUBLISHED}
+            if at.pop("scene", None) == scene and at.items() <= place.items():
+                return {key: numbers[key] for key in _PUBLISHED if key in numbers}
+        return {}
+
     @property
     def num_threads(self) -> int:
-        """Threads, with 0 resolved."""
-        return self.threads or len(os.sched_getaffinity(0))
+        """Threads, with 0 resolved: OMP_NUM_THREADS, or as many as there are cores."""
+        allowed = os.environ.get("OMP_NUM_THREADS", "")
+        return self.threads or (allowed.isdigit() and int(allowed)) or len(os.sched_getaffinity(0))
 
     def arguments(self, data: Path) -> list[str]:
         """Arguments of ``ns-train`` for a capture."""
@@ -94,20 +116,8 @@ def load_preset(path: Path) -> Preset:
         PresetError: if the file is missing, no TOML, or lacks what a preset needs.
     """
     content = _read(path, ())
-    run = content.get("run", {})
-    for key in ("method", "dataparser"):
-        if not isinstance(run.get(key), str):
-            raise PresetError(f"{path}: [run] lacks {key!r}, the name that ns-train knows it by")
-    for flag, values in content.get("sweep", {}).items():
-        if not isinstance(values, list) or not values:
-            raise PresetError(f"{path}: [sweep] {flag}: expected a list of values")
-    for name, options in content.get("exports", {}).items():
-        strange = set(options) - {"profile", "allowed-loss"}
-        if strange or options.get("profile", "range") not in ("range", "paper"):
-            raise PresetError(
-                f"{path}: [exports.{name}] {options}: expected profile (range or paper) and "
-                "allowed-loss (dB)"
-            )
+    _check(path, content)
+    run = content["run"]
     return Preset(
         name=path.stem,
         method=run["method"],
@@ -120,12 +130,54 @@ def load_preset(path: Path) -> Preset:
         sweep=content.get("sweep", {}),
         variants=content.get("variants", {}),
         exports=content.get("exports") or {"": {}},
-        paper=content.get("paper", {}),
+        paper=content.get("paper", ()),
     )
 
 
 _TABLES = ("about", "run", "flags", "dataparser", "sweep", "variants", "exports", "paper")
 _INHERITED = ("run", "flags", "dataparser")
+
+
+def _check(path: Path, content: Mapping[str, Any]) -> None:
+    """Finds what would be misread, or fail in the middle of a sweep."""
+    run = content.get("run", {})
+    for key in ("method", "dataparser"):
+        if not isinstance(run.get(key), str):
+            raise PresetError(f"{path}: [run] lacks {key!r}, the name that ns-train knows it by")
+    scenes, threads = run.get("scenes", []), run.get("threads", 0)
+    if not isinstance(scenes, list) or not all(isinstance(scene, str) for scene in scenes):
+        raise PresetError(f"{path}: [run] scenes {scenes!r}: expected a list of folders")
+    if not isinstance(threads, int) or threads < 0:
+        raise PresetError(f"{path}: [run] threads {threads!r}: expected a number, 0 for all cores")
+    for flag, values in content.get("sweep", {}).items():
+        if not isinstance(values, list) or not values:
+            raise PresetError(f"{path}: [sweep] {flag}: expected a list of values")
+    for name, flags in content.get("variants", {}).items():
+        if not isinstance(flags, Mapping):
+            raise PresetError(f"{path}: [variants] {name}: expected a table of flags")
+    for name, options in content.get("exports", {}).items():
+        if not _is_export(options):
+            raise PresetError(
+                f"{path}: [exports.{name}] {options}: expected profile (range or paper), "
+                "allowed-loss (dB, 0 or more) and keep (a share in (0, 1])"
+            )
+    for numbers in content.get("paper", []):
+        if not isinstance(numbers, Mapping):
+            raise PresetError(f"{path}: paper: expected [[paper]], one for each result")
+        known = [numbers[key] for key in _PUBLISHED if key in numbers]
+        if not known or not all(isinstance(number, (int, float)) for number in known):
+            raise PresetError(
+                f"{path}: [[paper]] {numbers}: expected numbers, some of {', '.join(_PUBLISHED)}"
+            )
+
+
+def _is_export(options: Any) -> bool:
+    if not isinstance(options, Mapping) or set(options) - {"profile", "allowed-loss", "keep"}:
+        return False
+    loss, keep = options.get("allowed-loss", 0), options.get("keep", 1)
+    numbers = all(isinstance(number, (int, float)) for number in (loss, keep))
+    known = options.get("profile", "range") in ("range", "paper")
+    return numbers and known and loss >= 0 and 0 < keep <= 1
 
 
 def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
@@ -141,8 +193,15 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         raise PresetError(
             f"{path}: unknown tables {sorted(unknown)}; expected {', '.join(_TABLES)}"
         )
+    for table in set(_TABLES) - {"paper"}:
+        if not isinstance(content.get(table, {}), Mapping):
+            raise PresetError(f"{path}: {table}: expected a table, [{table}]")
+    if not isinstance(content.get("paper", []), list):
+        raise PresetError(f"{path}: [paper]: expected [[paper]], one for each result")
     base = content.get("run", {}).pop("base", None)
     if base is not None:
+        if not isinstance(base, str):
+            raise PresetError(f"{path}: [run] base {base!r}: expected the path of a preset")
         above = (*above, path.resolve())
         of = path.parent / base
         if of.resolve() in above:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,18 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         UserError: if it is no such file, or holds none.
     """
+    rows = rows_so_far(path)
+    if not rows:
+        raise UserError(f"{path}: no rows; mwnerf bench --rows {path} adds them")
+    return rows
+
+
+def rows_so_far(path: Path) -> list[Row]:
+    """The rows of a file that may have none yet.
+
+    Raises:
+        UserError: if it is no such file.
+    """
     try:
         rows, _ = _parse(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -29,8 +41,6 @@ def read_rows(path: Path) -> list[Row]:
             f"{path}: expected rows of mwnerf bench --rows, a JSON object on each line "
             f"({type(error).__name__}: {error})"
         ) from error
-    if not rows:
-        raise UserError(f"{path}: no rows; mwnerf bench --rows {path} adds them")
     return rows
 
 
@@ -41,25 +51,33 @@ def add_rows(path: Path, rows: Iterable[Row]) -> None:
         file.seek(0)
         _, whole = _parse(file.read())
         file.truncate(whole)
+        file.seek(max(0, whole - 1))
+        if whole and file.read() != b"\n":  # from another program
+            file.write(b"\n")
         file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
         file.flush()
         os.fsync(file.fileno())
 
 
 def _parse(content: bytes) -> tuple[list[Row], int]:
-    """Rows, and how many bytes of whole lines they take.
+    """Rows, and how many bytes they take.
 
     Raises:
-        ValueError: if a whole line is not an object.
+        ValueError: if a line is not an object, and not the last one, cut off.
     """
     whole = content.rfind(b"\n") + 1
     rows = [json.loads(line) for line in content[:whole].splitlines() if line.strip()]
+    try:
+        last = json.loads(content[whole:])
+    except ValueError:
+        if content[whole:].strip()[:1] not in (b"", b"{"):  # else cut off, or nothing
+            raise
+    else:
+        if not isinstance(last, dict):
+            raise ValueError("no rows: the last line is no object")
+        rows.append(last)
+        whole = len(content)
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise ValueError(f"row {number} is no object")
     return rows, whole
-
-
-def mean(rows: Sequence[Row], key: str) -> float:
-    """Of a number in all rows."""
-    return sum(float(row[key]) for row in rows) / len(rows)

@@ -125,10 +125,16 @@ def test_nerfstudios_own_configurations_stay(ours):
     assert all_methods["nerfacto"].pipeline.model.implementation == "tcnn"
 
 
-def test_unknown_method_names_the_choices(preset, capture):
-    command = Peers(preset, capture, methods=("tensorf", "splatfacto"))
-    with pytest.raises(UserError, match=r"'splatfacto'.*masked-wavelet-bounded, tensorf, nerfacto"):
-        command.main()
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("kplane", r"'kplane'.*masked-wavelet-bounded, tensorf, nerfacto, or an installed"),
+        ("splatfacto", r"splatfacto: it does not train on rays"),
+    ],
+)
+def test_methods_that_cannot_be_compared_are_refused(preset, capture, method, message):
+    with pytest.raises(UserError, match=message):
+        Peers(preset, capture, methods=("tensorf", method)).main()
 
 
 @pytest.mark.parametrize(
@@ -216,6 +222,19 @@ def test_a_peer_is_trained_and_measured(job):
     grids = (3 + 5) * (3 * 17 * 17 + 3 * 17)
     assert 0 < row["bytes"] / 4 - grids < 60_000  # the rest are networks of 128 features
     assert not list(Path(job.output_dir).rglob("*.ckpt"))
+
+
+def test_any_installed_method_that_trains_on_rays_can_be_named(job, preset, capture, ours):
+    assert Peers(preset, capture, methods=("vanilla-nerf",))._checked_methods(load_preset(preset))
+    config = peers.method_config("vanilla-nerf", ours)
+    assert config.pipeline.datamanager.data == capture
+    assert config.max_num_iterations == 6
+    row = peers.run_job(replace(job, method="vanilla-nerf", eval_views=1, max_seconds=0.0))
+    # Two networks of eight layers of 256 (63 positions come in twice) and two of 128, with heads.
+    trunk = (63 * 256 + 256) + 6 * (256 * 256 + 256) + (319 * 256 + 256)
+    network = trunk + (283 * 128 + 128) + (128 * 128 + 128) + (256 + 1) + (128 * 3 + 3)
+    assert row["bytes"] / 4 == 2 * network
+    assert (row["steps"], row["method"]) == (1, "vanilla-nerf")
 
 
 def test_ours_is_measured_as_decoded(job):
