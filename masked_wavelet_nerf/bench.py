@@ -21,7 +21,7 @@ from rich.table import Table
 from masked_wavelet_nerf.experiment import SAMPLE_SCENE, BenchError, Experiment
 from masked_wavelet_nerf.laboratory import EngineName, run_experiments
 from masked_wavelet_nerf.presets import load_preset
-from masked_wavelet_nerf.results import Row
+from masked_wavelet_nerf.results import Row, in_words
 
 
 @dataclass
@@ -177,10 +177,9 @@ def _table(rows: Sequence[Row]) -> Table:
     for column in ("experiment", "seed", "PSNR", "bytes", "dropped", "minutes"):
         table.add_column(column, justify="left" if column == "experiment" else "right")
     for row in rows:
-        place = [f"{flag.rsplit('.')[-1]} {value}" for flag, value in row["place"].items()]
-        words = [row["preset"], row["variant"], *place, row["scene"], row["export"]]
+        place = row["place"].items()
         table.add_row(
-            ", ".join(word for word in words if word),
+            in_words(row["preset"], row["variant"], place, row["scene"], row["export"]),
             str(row["seed"]),
             f"{row['psnr_after']:.2f}",
             f"{row['bytes']:,}",

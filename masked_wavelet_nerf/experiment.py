@@ -29,6 +29,7 @@ from masked_wavelet_nerf.errors import UserError
 from masked_wavelet_nerf.export import export_run
 from masked_wavelet_nerf.presets import Preset
 from masked_wavelet_nerf.prune import prune
+from masked_wavelet_nerf.results import in_words
 from masked_wavelet_nerf.runs import Evaluation, Run, evaluate, open_run, write_run
 
 SAMPLE_SCENE = "sample"
@@ -80,9 +81,8 @@ class Experiment:
     @property
     def title(self) -> str:
         """For people."""
-        place = [f"{flag.rsplit('.')[-1]} {value}" for flag, value in self.place.items()]
-        words = [self.preset.name, self.variant, *place, self.scene, f"seed {self.seed}"]
-        return ", ".join(word for word in words if word)
+        name, place = self.preset.name, self.place.items()
+        return in_words(name, self.variant, place, self.scene, f"seed {self.seed}")
 
     def to_json(self) -> str:
         """As :meth:`from_json` reads it."""

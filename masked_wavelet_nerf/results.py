@@ -59,6 +59,15 @@ def add_rows(path: Path, rows: Iterable[Row]) -> None:
         os.fsync(file.fileno())
 
 
+def in_words(preset: str, variant: str, place: Iterable[tuple[str, Any]], *more: str) -> str:
+    """How people call a run: what there is of preset, variant, place in a sweep, and more."""
+    values = [
+        f"{flag.rsplit('.')[-1]} {list(value) if isinstance(value, tuple) else value}"
+        for flag, value in place
+    ]
+    return ", ".join(word for word in (preset, variant, *values, *more) if word)
+
+
 def _parse(content: bytes) -> tuple[list[Row], int]:
     """Rows, and how many bytes they take.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from masked_wavelet_nerf.curves import Point
 from masked_wavelet_nerf.errors import UserError
-from masked_wavelet_nerf.results import Row, read_rows
+from masked_wavelet_nerf.results import Row, in_words, read_rows
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,7 @@ class Entry:
     @property
     def name(self) -> str:
         """For people."""
-        place = [f"{flag.rsplit('.')[-1]} {_in_words(value)}" for flag, value in self.place]
-        return ", ".join(word for word in (self.preset, self.variant, *place, self.export) if word)
+        return in_words(self.preset, self.variant, self.place, self.export)
 
     @property
     def scenes(self) -> list[str]:
@@ -109,12 +108,6 @@ def _check(row: Mapping[str, Any]) -> None:
 
 def _hashable(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def _in_words(value: Any) -> str:
-    if isinstance(value, tuple):
-        return str(list(value))
-    return f"{value:g}" if isinstance(value, (int, float)) else str(value)
 
 
 def curves_of(entries: Iterable[Entry]) -> dict[str, list[Point]]:
