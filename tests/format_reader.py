@@ -238,32 +238,35 @@ def read_occupancy(fields: Fields) -> list:
     return nested([bit == 1 for bit in bits[:count]], shape)
 
 
-def zeros(channels: int, bands: int, h: int, w: int, zero) -> list:
-    return [[[[zero] * w for _ in range(h)] for _ in range(bands)] for _ in range(channels)]
+def zeros(channels: int, bands: int, d: int, h: int, w: int, zero) -> list:
+    return [
+        [[[[zero] * w for _ in range(h)] for _ in range(d)] for _ in range(bands)]
+        for _ in range(channels)
+    ]
 
 
 def read_grids(fields: Fields) -> tuple[int, list[dict]]:
-    """The grids, all dropped until their levels are read; a line has h = 1."""
+    """The grids, all dropped until their levels are read; planes have d = 1, lines h = 1, too."""
     bits = fields.u8()
     check(2 <= bits <= 16, "so many bits of the quantiser are not allowed")
     grids = []
     for _ in range(fields.varint()):
         name = fields.name()
         dimensions = fields.u8()
-        check(dimensions in (1, 2), "neither a plane nor a line")
+        check(dimensions in (1, 2, 3), "neither voxels, nor a plane, nor a line")
         size = [fields.varint() for _ in range(dimensions)]
         channels = fields.varint()
         bands = []
         for level in range(fields.u8()):
             spatial = [fields.varint() for _ in range(dimensions)]
             step, kept = fields.step(), fields.varint()
-            h, w = spatial if dimensions == 2 else (1, spatial[0])
+            d, h, w = [1] * (3 - dimensions) + spatial
             across = 1 if level == 0 else 2**dimensions - 1
-            check(kept <= channels * across * h * w, "more is kept than there is")
-            band = {"level": level, "C": channels, "B": across, "h": h, "w": w}
+            check(kept <= channels * across * d * h * w, "more is kept than there is")
+            band = {"level": level, "C": channels, "B": across, "d": d, "h": h, "w": w}
             band |= {"shape": [channels, across, *spatial], "step": step, "kept": kept}
-            band["mask"] = zeros(channels, across, h, w, False)
-            band["values"] = zeros(channels, across, h, w, 0)
+            band["mask"] = zeros(channels, across, d, h, w, False)
+            band["values"] = zeros(channels, across, d, h, w, 0)
             bands.append(band)
         grids.append((name, {"name": name, "D": dimensions, "size": size, "bands": bands}))
     fields.end()
@@ -276,11 +279,18 @@ def read_grids(fields: Fields) -> tuple[int, list[dict]]:
 
 def places_of(band: dict):
     """In the order (*spatial, C, B)."""
-    for i in range(band["h"]):
-        for j in range(band["w"]):
-            for c in range(band["C"]):
-                for b in range(band["B"]):
-                    yield c, b, i, j
+    for k, i, j in places_in(band):
+        for c in range(band["C"]):
+            for b in range(band["B"]):
+                yield c, b, k, i, j
+
+
+def places_in(band: dict):
+    """In the order (d, h, w)."""
+    for k in range(band["d"]):
+        for i in range(band["h"]):
+            for j in range(band["w"]):
+                yield k, i, j
 
 
 def read_symbols(fields: Fields) -> list[int]:
@@ -347,18 +357,18 @@ def read_mask(fields: Fields, bands: list[dict]) -> None:
     for band in bands:
         count = product(band["shape"])
         check(sum(bits[at : at + count]) == band["kept"], "another number is kept")
-        for c, b, i, j in places_of(band):
-            band["mask"][c][b][i][j] = bits[at] == 1
+        for c, b, k, i, j in places_of(band):
+            band["mask"][c][b][k][i][j] = bits[at] == 1
             at += 1
 
 
 def read_values(fields: Fields, bands: list[dict], bits: int) -> None:
     for band in bands:
-        for c, b, i, j in places_of(band):
-            if band["mask"][c][b][i][j]:
+        for c, b, k, i, j in places_of(band):
+            if band["mask"][c][b][k][i][j]:
                 value = fields.numbers("b" if bits <= 8 else "h")[0]
                 check(abs(value) <= 2 ** (bits - 1) - 1, "a value is beyond the quantiser's")
-                band["values"][c][b][i][j] = value
+                band["values"][c][b][k][i][j] = value
     fields.end()
 
 
@@ -562,16 +572,16 @@ def read_coefficients(fields: Fields, level: int, scene: dict) -> None:
     decisions.end()
     limit = 2 ** (scene["bits"] - 1) - 1
     for band in bands:
-        for c, b, i, j in places_of(band):
-            check(abs(band["values"][c][b][i][j]) <= limit, "a value is beyond the quantiser's")
+        for c, b, k, i, j in places_of(band):
+            check(abs(band["values"][c][b][k][i][j]) <= limit, "a value is beyond the quantiser's")
 
 
 def amounts_of(band: dict) -> list:
     """The numbers a of features 6 to 9."""
-    amounts = zeros(band["C"], band["B"], band["h"], band["w"], 0)
-    for c, b, i, j in places_of(band):
-        if band["mask"][c][b][i][j]:
-            amounts[c][b][i][j] = abs(band["values"][c][b][i][j]).bit_length() + 1
+    amounts = zeros(*(band[key] for key in "CBdhw"), 0)
+    for c, b, k, i, j in places_of(band):
+        if band["mask"][c][b][k][i][j]:
+            amounts[c][b][k][i][j] = abs(band["values"][c][b][k][i][j]).bit_length() + 1
     return amounts
 
 
@@ -580,96 +590,102 @@ def read_band_mask(
 ) -> None:
     band = grid["bands"][level]
     mask, kept = band["mask"], band["kept"]
-    C, B, h, w = (band[key] for key in "CBhw")
-    if kept in (0, C * B * h * w):
-        for c, b, i, j in places_of(band):
-            mask[c][b][i][j] = kept > 0
+    C, B, d, h, w = (band[key] for key in "CBdhw")
+    if kept in (0, C * B * d * h * w):
+        for c, b, k, i, j in places_of(band):
+            mask[c][b][k][i][j] = kept > 0
         return
-    before = zeros(1, B, h, w, 0)[0]  # s
+    before = zeros(1, B, d, h, w, 0)[0]  # s
     for other in alike:
-        for c, b, i, j in places_of(other):
-            before[b][i][j] += other["mask"][c][b][i][j]
+        for c, b, k, i, j in places_of(other):
+            before[b][k][i][j] += other["mask"][c][b][k][i][j]
     coarser = grid["bands"][level - 1] if level > 0 else None
     if coarser is not None and product(coarser["shape"]) == 0:
         coarser = None
     if coarser is not None:
-        B_, h_, w_ = (coarser[key] for key in "Bhw")
+        B_, d_, h_, w_ = (coarser[key] for key in "Bdhw")
         amounts = amounts_of(coarser)
-    p = zeros(1, B, h, w, 0)[0]
+    p = zeros(1, B, d, h, w, 0)[0]
     for c in range(C):
         if coarser is not None:
-            survivors = sum(a > 0 for plane in amounts[c] for row in plane for a in row)
+            survivors = sum(
+                amounts[c][b][k][i][j] > 0 for b in range(B_) for k, i, j in places_in(coarser)
+            )
         for black in (False, True):
             for b in range(B):
-                for i in range(h):
-                    for j in range(w):
-                        if ((i + j) % 2 == 1) != black:
-                            continue
-                        x = [0] * 12
-                        x[0] = 16
-                        P = sum(p[band_][i][j] for band_ in range(B))
-                        Q = around(p[b], i, j, h, w)
-                        x[1] = L(p[b][i][j]) - L(c) - 32
-                        x[2] = L(P) - L(c) - 32
-                        x[3] = L(Q) - L(c) - 32
-                        x[4] = L(before[b][i][j])
-                        x[5] = L(sum(before[band_][i][j] for band_ in range(B)))
-                        if coarser is not None:
-                            above = amounts[c][b if B_ > 1 else 0]
-                            up, left = i * h_ // h, j * w_ // w
-                            x[6] = 16 * above[up][left]
-                            x[7] = 16 if above[up][left] != 0 else 0
-                            x[8] = 16 * around(above, up, left, h_, w_)
-                            x[9] = L(B // B_ * survivors)
-                        if black:
-                            x[10] = 16 * sum(beside(mask[c][b], i, j, h, w))
-                            x[11] = 16
-                        total = sum(weights[k] * x[k] for k in range(12))
-                        logit = min(max(256 + (total + 64) // 128, 0), 511)
-                        mask[c][b][i][j] = decisions.at_logit(logit)
+                for k, i, j in places_in(band):
+                    if ((k + i + j) % 2 == 1) != black:
+                        continue
+                    x = [0] * 12
+                    x[0] = 16
+                    P = sum(p[band_][k][i][j] for band_ in range(B))
+                    Q = around(p[b], k, i, j)
+                    x[1] = L(p[b][k][i][j]) - L(c) - 32
+                    x[2] = L(P) - L(c) - 32
+                    x[3] = L(Q) - L(c) - 32
+                    x[4] = L(before[b][k][i][j])
+                    x[5] = L(sum(before[band_][k][i][j] for band_ in range(B)))
+                    if coarser is not None:
+                        above = amounts[c][b if B_ > 1 else 0]
+                        at = k * d_ // d, i * h_ // h, j * w_ // w
+                        amount = above[at[0]][at[1]][at[2]]
+                        x[6] = 16 * amount
+                        x[7] = 16 if amount != 0 else 0
+                        x[8] = 16 * around(above, *at)
+                        x[9] = L(B // B_ * survivors)
+                    if black:
+                        x[10] = 16 * sum(beside(mask[c][b], k, i, j))
+                        x[11] = 16
+                    total = sum(weights[n] * x[n] for n in range(12))
+                    logit = min(max(256 + (total + 64) // 128, 0), 511)
+                    mask[c][b][k][i][j] = decisions.at_logit(logit)
         for b in range(B):
-            for i in range(h):
-                for j in range(w):
-                    p[b][i][j] += mask[c][b][i][j]
-    found = sum(mask[c][b][i][j] for c, b, i, j in places_of(band))
+            for k, i, j in places_in(band):
+                p[b][k][i][j] += mask[c][b][k][i][j]
+    found = sum(mask[c][b][k][i][j] for c, b, k, i, j in places_of(band))
     check(found == kept, "another number is kept")
 
 
-def around(plane: list, i: int, j: int, h: int, w: int) -> int:
-    """The sum over a place and its eight neighbours; there is nothing outside."""
-    total = 0
-    for row in range(max(i - 1, 0), min(i + 2, h)):
-        for column in range(max(j - 1, 0), min(j + 2, w)):
-            total += plane[row][column]
-    return total
+def at_places(voxels: list, places: list) -> list:
+    """The values at those places that are not outside."""
+    d, h, w = len(voxels), len(voxels[0]), len(voxels[0][0])
+    return [voxels[k][i][j] for k, i, j in places if 0 <= k < d and 0 <= i < h and 0 <= j < w]
 
 
-def beside(plane: list, i: int, j: int, h: int, w: int) -> list:
-    """What is up, down, left and right."""
-    places = [(i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)]
-    return [plane[y][x] for y, x in places if 0 <= y < h and 0 <= x < w]
+def around(voxels: list, k: int, i: int, j: int) -> int:
+    """The sum over a place and its neighbours, diagonal ones too; there is nothing outside."""
+    near = (-1, 0, 1)
+    places = [(k + a, i + b, j + c) for a in near for b in near for c in near]
+    return sum(at_places(voxels, places))
+
+
+def beside(voxels: list, k: int, i: int, j: int) -> list:
+    """What is next to a place along each axis."""
+    near = (-1, 1)
+    places = [(k + a, i, j) for a in near]
+    places += [(k, i + a, j) for a in near]
+    places += [(k, i, j + a) for a in near]
+    return at_places(voxels, places)
 
 
 def read_band_values(decisions: Decisions, band: dict, family: dict) -> None:
     mask, values = band["mask"], band["values"]
-    C, B, h, w = (band[key] for key in "CBhw")
     for black in (False, True):
         places = []
-        for c in range(C):
-            for b in range(B):
-                for i in range(h):
-                    for j in range(w):
-                        if ((i + j) % 2 == 1) == black and mask[c][b][i][j]:
-                            places.append((c, b, i, j))
+        for c in range(band["C"]):
+            for b in range(band["B"]):
+                for k, i, j in places_in(band):
+                    if ((k + i + j) % 2 == 1) == black and mask[c][b][k][i][j]:
+                        places.append((c, b, k, i, j))
         magnitudes = read_magnitudes(decisions, family["model"], len(places))
-        for (c, b, i, j), magnitude in zip(places, magnitudes, strict=True):
+        for (c, b, k, i, j), magnitude in zip(places, magnitudes, strict=True):
             if magnitude == 0:
                 continue
             e = 0
             if black:
-                e = sum((v > 0) - (v < 0) for v in beside(values[c][b], i, j, h, w))
+                e = sum((v > 0) - (v < 0) for v in beside(values[c][b], k, i, j))
             if e == 0:
                 positive = decisions.at_logit(EVEN)
             else:
                 positive = decisions.at_logit(family["equal_signs"]) == (e > 0)
-            values[c][b][i][j] = magnitude if positive else -magnitude
+            values[c][b][k][i][j] = magnitude if positive else -magnitude

@@ -9,7 +9,7 @@ import zlib
 
 import numpy as np
 import pytest
-from test_codec_scenes import PROFILES, make_scene
+from test_codec_scenes import PROFILES, make_plane, make_scene
 
 import masked_wavelet_codec as codec
 from masked_wavelet_codec import container
@@ -79,6 +79,12 @@ def test_order_is_what_rendering_needs_then_levels_coarse_first(profile, data):
     assert [section.name for section in sections_of(data)] == before + levels
 
 
+def test_voxels_need_the_version_that_they_came_with(profile):
+    flat, voxels = make_scene(), make_scene(grids=(make_plane("a", (4, 6, 5), 2, levels=1),))
+    assert container.parse(codec.encode(flat, profile)).version == EXPECTED[profile][0]
+    assert container.parse(codec.encode(voxels, profile)).version == (1, 2)
+
+
 def test_ids_stay_as_they_were_assigned():
     # Files in the world depend on these numbers: add to them, change none.
     assert {kind.name: int(kind) for kind in SectionType} == {
@@ -128,7 +134,7 @@ def test_unknown_required_section_is_refused_with_the_version_needed(data):
     refuse(
         with_header(changed, minor=3),
         r"section unknown type 77: required; the file needs format version 1\.3 or later, "
-        r"this codec reads 1\.1; update",
+        r"this codec reads 1\.2; update",
     )
 
 

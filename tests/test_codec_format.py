@@ -70,8 +70,8 @@ def assert_agree(data: bytes) -> dict:
                 array = getattr(band_of_codec, name)
                 assert_same(at, band["shape"], list(array.shape))
                 found = band[name]
-                if grid["D"] == 1:
-                    found = [[plane[0] for plane in channel] for channel in found]
+                for _ in range(3 - grid["D"]):
+                    found = [[voxels[0] for voxels in channel] for channel in found]
                 assert_same(at, found, array.tolist())
     return read
 
@@ -80,13 +80,18 @@ def assert_agree(data: bytes) -> dict:
 
 
 def smooth_plane(name, sizes, channels, seed, bits=8) -> codec.Grid:
-    """Coefficients as of a picture: alike across levels, channels, bands and neighbours."""
+    """Coefficients as of a picture, or of a body if sizes have three lengths.
+
+    They are alike across levels, channels, bands and neighbours.
+    """
     random = np.random.default_rng(seed)
     bands = []
-    for level, (h, w) in enumerate(sizes):
-        shape = (channels, 1 if level == 0 else 3, h, w)
-        i, j = np.meshgrid(np.linspace(-1, 1, h), np.linspace(-1, 1, w), indexing="ij")
-        loud = 60 / (level + 1) * np.exp(-6 * ((i - 0.2) ** 2 + (j + 0.1) ** 2))
+    for level, size in enumerate(sizes):
+        shape = (channels, 1 if level == 0 else 2 ** len(size) - 1, *size)
+        places = [np.linspace(-1, 1, length) for length in (1, *size)[-3:]]
+        k, i, j = np.meshgrid(*places, indexing="ij")
+        k, i, j = (place.reshape(size) for place in (k if len(size) == 3 else 0 * k, i, j))
+        loud = 60 / (level + 1) * np.exp(-6 * ((i - 0.2) ** 2 + (j + 0.1) ** 2 + k**2))
         values = np.rint(loud * (np.sin(5 * i + 3 * j) + random.normal(0, 0.5, shape)))
         mask = np.abs(values) > 1 + 2 * random.random(shape)
         values = np.clip(values, -127, 127) * mask * (random.random(shape) < 0.95)
@@ -152,6 +157,13 @@ def scenes() -> dict[str, codec.Scene]:
             smooth_plane("f", sizes[0], 3, seed=1),
             smooth_plane("g", sizes[0], 2, seed=3),
         ),
+        "voxels": scene_of_grids(
+            smooth_plane("a", [(3, 5, 3), (3, 5, 3), (6, 9, 5)], 2, seed=1),
+            smooth_plane("b", [(3, 5, 3), (3, 5, 3), (6, 9, 5)], 2, seed=2),
+            smooth_plane("plane", sizes[0], 2, seed=3),
+            smooth_plane("c", [(3, 5, 3), (3, 5, 3), (6, 9, 5)], 3, seed=1),
+            smooth_plane("d", [(3, 3, 5), (5, 7, 3), (3, 5, 9)], 2, seed=4),
+        ),
         "all or none": scene_of_grids(
             uniform_plane("none", [False, False, False]),
             uniform_plane("all", [True, True, True]),
@@ -181,6 +193,7 @@ def scenes() -> dict[str, codec.Scene]:
                 ),
             ),
             codec.Grid("b", (4, 4), (make_band(0, (0, 1, 4, 3)),)),
+            codec.Grid("d", (4, 4, 4), tuple(make_band(i, (2, 7**i, 3, 2 * i, 3)) for i in (0, 1))),
             codec.Grid("c", (4,), ()),
         ),
         "networks": scene_of_grids(
@@ -228,7 +241,9 @@ def test_reader_agrees_on_golden_files(path):
 def test_reader_agrees_on_scenes(name, profile):
     data = encoded(name, profile)
     assert assert_agree(data)["profile"] == profile
-    assert struct.unpack_from("<3H", data, 8) == ((1, 0, 1) if profile == "paper" else (1, 1, 2))
+    has_voxels = any(len(grid.size) == 3 for grid in scenes()[name].grids)
+    minor = 2 if has_voxels else PROFILES.index(profile)
+    assert struct.unpack_from("<3H", data, 8) == (1, minor, PROFILES.index(profile) + 1)
 
 
 def split(data: bytes) -> tuple[bytes, list[tuple]]:
@@ -259,7 +274,7 @@ def assert_refused(data: bytes) -> None:
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-@pytest.mark.parametrize("name", ["odd planes", "families with gaps"])
+@pytest.mark.parametrize("name", ["odd planes", "families with gaps", "voxels"])
 def test_reader_agrees_on_prefixes(name, profile):
     header, sections = split(encoded(name, profile))
     whole = reader.decode(join(header, sections))

@@ -1,6 +1,6 @@
 """Files written once, pinned byte for byte: they are read and written like this for ever.
 
-Those of profile ``paper`` are of format 1.0, those of ``range`` of 1.1.
+Those of profile ``paper`` are of format 1.0, those of ``range`` of 1.1; with voxels, of 1.2.
 To write them anew after a deliberate change of the format (with a new version): run this module.
 """
 
@@ -38,13 +38,19 @@ def scene_of(name: str) -> codec.Scene:
         # Long runs of zero bytes, levels without a survivor, nothing that is optional.
         grids = (make_plane("plane", (200, 130), 2, levels=4, residue=1, modulus=4099),)
         return codec.Scene({}, 8, grids, {}, None, None)
+    if name == "voxels":
+        grids = (
+            make_plane("density_voxels.0", (7, 6, 9), 2, levels=2, residue=2, modulus=13),
+            make_plane("appearance_voxels.0", (7, 6, 9), 3, levels=2, residue=1, modulus=7),
+            make_line("line", 9, 3, residue=1),
+        )
+        return codec.Scene({}, 8, grids, {}, None, None)
     assert name == "empty"
     return codec.Scene({}, 2, (), {}, None, make_cameras(0))
 
 
-NAMES = [
-    f"{profile}-{name}" for profile in PROFILES for name in ("8-bit", "12-bit", "sparse", "empty")
-]
+KINDS = ("8-bit", "12-bit", "sparse", "empty", "voxels")
+NAMES = [f"{profile}-{name}" for profile in PROFILES for name in KINDS]
 
 
 def profile_of(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 
 import numpy as np
@@ -225,18 +226,30 @@ def test_octaves_by_big_integers():
     np.testing.assert_array_equal(contexts.octaves(counts), expected)
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 7), (3, 1, 6), (1, 4, 1), (2, 1, 1), (2, 0, 3), (4, 4)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 1, 5, 7),
+        (1, 1, 6),
+        (1, 4, 1),
+        (2, 1, 1, 1),
+        (2, 1, 0, 3),
+        (2, 3, 4, 5),
+        (3, 2, 1),
+        (4, 4, 4),
+    ],
+)
 def test_neighbours_by_plain_loops(shape):
     values = (np.arange(np.prod(shape)) * 7919 % 3 - 1).reshape(shape).astype(np.int32)
-    h, w = shape[-2:]
+    size = shape[-3:]
     around, beside = np.zeros_like(values), np.zeros_like(values)
-    for i, j in np.ndindex(h, w):
-        for k, m in np.ndindex(3, 3):
-            y, x = i + k - 1, j + m - 1
-            if 0 <= y < h and 0 <= x < w:
-                around[..., i, j] += values[..., y, x]
-                if abs(k - 1) + abs(m - 1) == 1:
-                    beside[..., i, j] += values[..., y, x]
+    for place in np.ndindex(size):
+        for away in itertools.product((-1, 0, 1), repeat=3):
+            there = tuple(np.add(place, away))
+            if all(0 <= n < length for n, length in zip(there, size, strict=True)):
+                around[(..., *place)] += values[(..., *there)]
+                if np.abs(away).sum() == 1:
+                    beside[(..., *place)] += values[(..., *there)]
     np.testing.assert_array_equal(contexts.around(values), around)
     np.testing.assert_array_equal(contexts.beside(values), beside)
     flags = values > 0
@@ -244,10 +257,17 @@ def test_neighbours_by_plain_loops(shape):
 
 
 def test_fields_are_those_of_a_chessboard():
-    black = contexts.chessboard(3, 4)
+    black = contexts.chessboard(1, 3, 4)[0]
     assert black.astype(int).tolist() == [[0, 1, 0, 1], [1, 0, 1, 0], [0, 1, 0, 1]]
-    white, black = contexts.fields((2, 2, 3))
+    white, black = contexts.fields((2, 1, 2, 3))
     assert white.tolist() == [0, 2, 4, 6, 8, 10] and black.tolist() == [1, 3, 5, 7, 9, 11]
+
+
+def test_fields_alternate_along_every_axis():
+    black = contexts.chessboard(3, 4, 5)
+    for axis in range(3):
+        assert (np.diff(black.astype(int), axis=axis) != 0).all()
+    assert not black[0, 0, 0]
 
 
 def test_logits_of_scores_are_rounded_and_limited():
@@ -474,7 +494,7 @@ def test_signs_like_their_neighbours_cost_less_than_signs_by_chance():
     assert 256 < sizes[0] < 400
     assert 500 < sizes[1] < 560
     # Opposite signs are known just as well.
-    checks = np.where(contexts.chessboard(64, 64), -alike, alike)
+    checks = np.where(contexts.chessboard(1, 64, 64)[0], -alike, alike)
     assert size_of(grid_of("a", mask, values=(checks,))) < 400
 
 

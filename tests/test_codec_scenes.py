@@ -27,13 +27,13 @@ def make_band(level, shape, bits=8, step=0.25, residue=3, modulus=11) -> codec.B
 
 
 def make_plane(name, size, channels, levels, bits=8, **kwargs) -> codec.Grid:
-    """A plane padded to a multiple of 2**levels, as the transform does it."""
+    """A plane, or voxels, padded to a multiple of 2**levels, as the transform does it."""
     padded = [-(-length // 2**levels) * 2**levels for length in size]
     bands = []
     for level in range(levels + 1):
         halvings = levels if level == 0 else levels + 1 - level
         spatial = [length >> halvings for length in padded]
-        shape = (channels, 1 if level == 0 else 3, *spatial)
+        shape = (channels, 1 if level == 0 else 2 ** len(size) - 1, *spatial)
         bands.append(
             make_band(level, shape, bits, step=2.0**-level / 3 // 2**-20 * 2**-20, **kwargs)
         )

@@ -75,7 +75,10 @@ def test_meta_that_is_nested_too_deep_or_contains_itself():
         ({"name": 3}, r"grids\[0\]\.name: expected str, got int"),
         ({"name": "density_lines.0"}, "grids: the name 'density_lines.0' comes twice"),
         ({"size": [13, 9]}, r"size: expected tuple, got list"),
-        ({"size": (13, 9, 4)}, r"size: expected \(H, W\) or \(N,\), got \(13, 9, 4\)"),
+        (
+            {"size": (13, 9, 4, 2)},
+            r"size: expected \(N,\), \(H, W\) or \(D, H, W\), got \(13, 9, 4, 2\)",
+        ),
         ({"size": (13, 9.0)}, "size: expected int, got float"),
         ({"size": (13, -1)}, "size: expected lengths of 0"),
         ({"size": (13, 2**31)}, "size: expected lengths of 0"),

@@ -12,7 +12,7 @@ from masked_wavelet_codec import coded, coefficients, container, paper, payloads
 from masked_wavelet_codec.binary import Budget, Reader
 from masked_wavelet_codec.container import Profile, Section, SectionType
 from masked_wavelet_codec.errors import CodecError
-from masked_wavelet_codec.layout import BandLayout, encode_layout, read_layout
+from masked_wavelet_codec.layout import BandLayout, encode_layout, layout_version, read_layout
 from masked_wavelet_codec.scene import BYTES_PER_COEFFICIENT, Band, Grid, Scene
 from masked_wavelet_codec.validation import check_scene
 
@@ -90,7 +90,7 @@ def encode(scene: Scene, profile: str = "range") -> bytes:
         sections.append(Section(parts.occupancy, 0, occupancy))
     sections.append(Section(SectionType.GRIDS, 0, encode_layout(scene.bits, scene.grids)))
     sections += parts.encode_levels(scene.bits, scene.grids)
-    return container.build(parts.profile, sections)
+    return container.build(parts.profile, sections, layout_version(scene.grids))
 
 
 def decode(

@@ -51,7 +51,7 @@ _SAMPLES = 1 << 15
 
 
 _Member = tuple[int, BandLayout, np.ndarray, np.ndarray]
-"""A grid's number, its layout at the level, values and mask, both (C, B, h, w)."""
+"""A grid's number, its layout at the level, values and mask, both (C, B, d, h, w)."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,11 @@ class _Known:
         self._kept = {}
 
     def contexts(
-        self, number: int, shape: tuple[int, int, int, int], key: tuple
+        self, number: int, shape: tuple[int, int, int, int, int], key: tuple
     ) -> ChannelContexts:
         above = self._classes.get(number)
         if above is not None and not above.size:
-            above = np.zeros((shape[0], 1, 1, 1), np.int8)
+            above = np.zeros((shape[0], 1, 1, 1, 1), np.int8)
         others = self._kept.get(key, np.zeros(shape[1:], np.int32))
         return ChannelContexts(shape[1:], above, others)
 
@@ -122,9 +122,10 @@ def _count_channels(layouts: Sequence[tuple[int, BandLayout]], before: int, wher
     return before + sum(masked)
 
 
-def _four(shape: Sequence[int]) -> tuple[int, int, int, int]:
-    """(C, B, h, w) of a band: a line has h = 1."""
-    return shape[0], shape[1], shape[2] if len(shape) == 4 else 1, shape[-1]
+def _five(shape: Sequence[int]) -> tuple[int, int, int, int, int]:
+    """(C, B, d, h, w) of a band: a plane has d = 1, a line h = 1, too."""
+    d, h, w = (1, 1, *shape[2:])[-3:]
+    return shape[0], shape[1], d, h, w
 
 
 def _families(layouts: Sequence[tuple[int, BandLayout]]) -> Iterator[list[tuple[int, BandLayout]]]:
@@ -147,7 +148,7 @@ def _keys(layouts: Sequence[tuple[int, BandLayout]]) -> dict[int, tuple]:
 def _code_mask(
     coder: Coder, context: ChannelContexts, weights: Sequence[int], given: np.ndarray | None, C: int
 ) -> np.ndarray:
-    """Codes a mask, (C, B, h, w) bool, channel by channel, white fields before black ones."""
+    """Codes a mask, (C, B, d, h, w) bool, channel by channel, white fields before black ones."""
     found = np.zeros((C, *context.size), np.bool_)
     white, black = contexts.fields(context.size)
     for c in range(C):
@@ -168,7 +169,7 @@ def _code_mask(
 def _code_values(
     coder: Coder, model: _Model, mask: np.ndarray, given: np.ndarray | None
 ) -> np.ndarray:
-    """Codes the values, (C, B, h, w) int32, of what is kept, white fields before black ones."""
+    """Codes the values, (C, B, d, h, w) int32, of what is kept, white fields before black ones."""
     black = chessboard(*mask.shape[2:])
     found = np.zeros(mask.shape, np.int32)
     if not model.numbers.more:  # all are zero
@@ -238,7 +239,7 @@ def measure(grids: Sequence[Grid]) -> Measured:
             of_value = of_values.bits / max(num_kept, 1)
             for (number, band, _, _), meter in zip(members, of_masks, strict=True):
                 # As _code_mask goes: channel by channel, white fields before black ones.
-                shape = _four(band.shape)
+                shape = _five(band.shape)
                 order = np.concatenate(contexts.fields(shape[1:]))
                 odds = np.empty((shape[0], math.prod(shape[1:])), np.float32)
                 if 0 < band.num_kept < band.count:
@@ -279,8 +280,8 @@ def _with_models(
             (
                 number,
                 band,
-                bands[number].values.reshape(_four(band.shape)),
-                bands[number].mask.reshape(_four(band.shape)),
+                bands[number].values.reshape(_five(band.shape)),
+                bands[number].mask.reshape(_five(band.shape)),
             )
             for number, band in family
         ]
@@ -300,10 +301,10 @@ def _code_grid(
     """Codes a grid at a level, with a coder for the mask and one for the values.
 
     Returns:
-        Values (C, B, h, w) int32 and mask.
+        Values (C, B, d, h, w) int32 and mask.
     """
     of_mask, of_values = coders
-    shape = _four(band.shape)
+    shape = _five(band.shape)
     if 0 < band.num_kept < band.count:
         context = known.contexts(number, shape, key)
         mask = _code_mask(of_mask, context, model.weights, mask, shape[0])
@@ -397,10 +398,9 @@ def _fit_weights(
     every_kept, every_dropped = every_kept // every_channel, every_dropped // every_channel
     samples, kept, turn = [], [], 0
     for number, band, mask in chosen:
-        context = known.contexts(number, _four(band.shape), keys[number])
-        B, h, w = context.size
-        black = np.broadcast_to(chessboard(h, w), (B, h, w))
-        regular = np.arange(B * h * w).reshape(B, h, w)
+        context = known.contexts(number, _five(band.shape), keys[number])
+        black = np.broadcast_to(chessboard(*context.size[1:]), context.size)
+        regular = np.arange(math.prod(context.size)).reshape(context.size)
         for c, channel in enumerate(mask):
             turn += 1
             if turn % every_channel:
@@ -410,7 +410,7 @@ def _fit_weights(
             of_kept = (regular + c) % every_kept == 0
             where = np.nonzero(np.where(channel, of_kept, of_dropped))
             features = [
-                np.broadcast_to(context.refined(f) if is_coarse else f, (B, h, w))[where]
+                np.broadcast_to(context.refined(f) if is_coarse else f, context.size)[where]
                 for f, is_coarse in context.features()
             ]
             white = np.where(black, False, channel)

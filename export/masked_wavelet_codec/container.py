@@ -34,7 +34,7 @@ __all__ = [
 
 # Like PNG's: not text, and line-end translation or seven-bit transport breaks it visibly.
 MAGIC = b"\x89MWNF\r\n\x1a"
-VERSION = (1, 1)
+VERSION = (1, 2)
 """Major and minor version that this code reads and writes."""
 
 _HEADER = struct.Struct("<8s4H")
@@ -122,14 +122,22 @@ class Container:
             return f"unknown profile {self.profile_id}"
 
 
-def build(profile: Profile, sections: Iterable[Section]) -> bytes:
+def build(
+    profile: Profile, sections: Iterable[Section], version: tuple[int, int] = (1, 0)
+) -> bytes:
     """The bytes of a file.
+
+    Args:
+        profile: how the levels are coded.
+        sections: in their order.
+        version: the oldest that can read the sections; never below the profile's.
 
     Raises:
         CodecError: if a payload has 4 GiB or more.
     """
     sections = tuple(sections)
-    header = _HEADER.pack(MAGIC, *PROFILE_VERSIONS[profile], profile, len(sections))
+    version = max(version, PROFILE_VERSIONS[profile])
+    header = _HEADER.pack(MAGIC, *version, profile, len(sections))
     parts = [header, _CRC.pack(zlib.crc32(header))]
     for section in sections:
         if len(section.payload) > _MAX_PAYLOAD:

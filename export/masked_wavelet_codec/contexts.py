@@ -10,7 +10,7 @@ What a reader knows of a coefficient:
 - within a channel, places are coded like the fields of a chessboard, white before black: a black
   field knows the white ones beside it.
 
-Letters: C channels, B bands, h, w size (a line has h = 1).
+Letters: C channels, B bands, d, h, w size (a plane has d = 1, a line h = 1, too).
 """
 
 from __future__ import annotations
@@ -71,33 +71,32 @@ def octaves(counts: np.ndarray | int) -> np.ndarray:
 class ChannelContexts:
     """What is known of a grid's coefficients at one level, channel after channel."""
 
-    size: tuple[int, int, int]
-    """(B, h, w)."""
+    size: tuple[int, int, int, int]
+    """(B, d, h, w)."""
     above: np.ndarray | None
-    """Classes at the coarser level, (C, B or 1, h', w') int; None at the coarsest."""
+    """Classes at the coarser level, (C, B or 1, d', h', w') int; None at the coarsest."""
     others: np.ndarray
-    """How many are kept in grids before, (B, h, w) int32."""
+    """How many are kept in grids before, (B, d, h, w) int32."""
     kept: np.ndarray = field(init=False)
-    """How many of the channels before keep each, (B, h, w) int32."""
+    """How many of the channels before keep each, (B, d, h, w) int32."""
     channel: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
-        B, h, w = self.size
+        B, *lengths = self.size
         self.kept = np.zeros(self.size, np.int32)
         self._of_others = octaves(self.others), octaves(self.others.sum(axis=0, keepdims=True))
         if self.above is None:
             return
         self._around_above = around(self.above.astype(np.int32))
         scale = B // max(self.above.shape[1], 1)
-        self._num_above = scale * np.count_nonzero(self.above, axis=(1, 2, 3))
-        rows, columns = (
+        self._num_above = scale * np.count_nonzero(self.above, axis=(1, 2, 3, 4))
+        self._below = [
             np.arange(length) * coarse // max(length, 1)
-            for length, coarse in ((h, self.above.shape[2]), (w, self.above.shape[3]))
-        )
-        self._below = rows, columns
+            for length, coarse in zip(lengths, self.above.shape[2:], strict=True)
+        ]
 
     def features(self) -> Iterator[tuple[np.ndarray, bool]]:
-        """The next channel's, each (B, h, w) or less, or one of the coarser level: and which.
+        """The next channel's, each (B, d, h, w) or less, or one of the coarser level: and which.
 
         Those of black fields, :meth:`of_black`, are left out.
         """
@@ -116,9 +115,9 @@ class ChannelContexts:
             yield octaves(self._num_above[self.channel]), False
 
     def scores(self, weights: Sequence[int]) -> np.ndarray:
-        """Σ weight · feature of the next channel (B, h, w), but for those of black fields."""
+        """Σ weight · feature of the next channel (B, d, h, w), but for those of black fields."""
         fine = np.zeros(self.size, np.int32)
-        coarse = np.zeros((1, 1, 1), np.int32)
+        coarse = np.zeros((1, 1, 1, 1), np.int32)
         for weight, (feature, is_coarse) in zip(weights, self.features(), strict=False):
             if is_coarse:
                 coarse = coarse + np.int32(weight) * feature
@@ -131,12 +130,15 @@ class ChannelContexts:
         return _ONE * beside(mask), np.array(_ONE)
 
     def refined(self, coarse: np.ndarray) -> np.ndarray:
-        """Values of the coarser level, (B or 1, h', w'), at the places of this one."""
-        # A fancy index of both axes at once takes ten times as long.
-        return coarse.take(self._below[1], axis=2).take(self._below[0], axis=1)
+        """Values of the coarser level, (B or 1, d', h', w'), at the places of this one."""
+        # A fancy index of all axes at once takes ten times as long.
+        for axis in (3, 2, 1):
+            if coarse.shape[axis] > 1 or self.size[axis] > 1:
+                coarse = coarse.take(self._below[axis - 1], axis=axis)
+        return coarse
 
     def advance(self, mask: np.ndarray) -> None:
-        """Takes in the channel's mask, (B, h, w) bool."""
+        """Takes in the channel's mask, (B, d, h, w) bool."""
         self.kept += mask
         self.channel += 1
 
@@ -188,35 +190,47 @@ def fit_weights(features: np.ndarray, kept: np.ndarray, counts: np.ndarray) -> l
 
 
 def around(values: np.ndarray) -> np.ndarray:
-    """Sum of each and its eight neighbours in the last two axes, (…, h, w); outside is nothing."""
-    rows = values.copy()
-    rows[..., 1:, :] += values[..., :-1, :]
-    rows[..., :-1, :] += values[..., 1:, :]
-    found = rows.copy()
-    found[..., 1:] += rows[..., :-1]
-    found[..., :-1] += rows[..., 1:]
+    """Sum of each and its neighbours, diagonal ones too, in (…, d, h, w); outside is nothing."""
+    found = values
+    for axis in (-3, -2, -1):
+        if values.shape[axis] > 1:
+            found, lower = found.copy(), found
+            for to, start in _shifts(axis):
+                found[to] += lower[start]
     return found
 
 
 def beside(values: np.ndarray) -> np.ndarray:
-    """Sum of the four neighbours of each in the last two axes, int32; of bools or signs."""
+    """Sum of the two neighbours of each along each of the last three axes, int32.
+
+    Args:
+        values: bools or signs, (…, d, h, w).
+    """
     values = values.astype(np.int8)
     found = np.zeros(values.shape, np.int8)
-    found[..., 1:, :] += values[..., :-1, :]
-    found[..., :-1, :] += values[..., 1:, :]
-    found[..., 1:] += values[..., :-1]
-    found[..., :-1] += values[..., 1:]
+    for axis in (-3, -2, -1):
+        for to, start in _shifts(axis):
+            found[to] += values[start]
     return found.astype(np.int32)
 
 
+def _shifts(axis: int) -> Iterator[tuple[tuple, tuple]]:
+    """Where to and where from, for each side that neighbours along an axis can lie on."""
+    rest = (slice(None),) * (-axis - 1)
+    low, high = (..., slice(None, -1), *rest), (..., slice(1, None), *rest)
+    yield high, low
+    yield low, high
+
+
 @functools.lru_cache(maxsize=64)
-def chessboard(h: int, w: int) -> np.ndarray:
-    """(h, w) bool: which fields are black."""
-    return (np.add.outer(np.arange(h), np.arange(w)) % 2).astype(np.bool_)
+def chessboard(d: int, h: int, w: int) -> np.ndarray:
+    """(d, h, w) bool: which fields are black."""
+    parities = (np.arange(length) % 2 for length in (d, h, w))
+    return functools.reduce(np.not_equal.outer, parities).astype(np.bool_)
 
 
 @functools.lru_cache(maxsize=16)
-def fields(size: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Positions, in a flat (B, h, w), of white fields, and of black ones."""
+def fields(size: tuple[int, int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Positions, in a flat (B, d, h, w), of white fields, and of black ones."""
     black = np.broadcast_to(chessboard(*size[1:]), size)
     return np.flatnonzero(~black), np.flatnonzero(black)

@@ -1,8 +1,8 @@
 """The grids section: names, shapes, steps and counts of all bands, before any coefficient.
 
     bits (u8) · number of grids (varint) · for each grid:
-        name · number of dimensions D (u8: 1 line, 2 plane) · size (D varints) · C (varint)
-        · number of bands (u8) · for each band, its level counting from 0:
+        name · number of dimensions D (u8: 1 line, 2 plane, 3 voxels) · size (D varints)
+        · C (varint) · number of bands (u8) · for each band, its level counting from 0:
             spatial size (D varints) · step (float32) · number of kept coefficients (varint)
 
 B is 1 at level 0, else 2**D - 1. From this a reader knows every count that follows, and `describe`
@@ -20,7 +20,7 @@ from masked_wavelet_codec.binary import Reader, Writer, count_elements
 from masked_wavelet_codec.scene import Grid
 from masked_wavelet_codec.validation import check_step
 
-__all__ = ["BandLayout", "GridLayout", "Layout", "encode_layout", "read_layout"]
+__all__ = ["BandLayout", "GridLayout", "Layout", "encode_layout", "layout_version", "read_layout"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,11 @@ class Layout:
         ]
 
 
+def layout_version(grids: Sequence[Grid]) -> tuple[int, int]:
+    """The oldest format version that knows grids of these dimensions: voxels came with 1.2."""
+    return (1, 2) if any(len(grid.size) == 3 for grid in grids) else (1, 0)
+
+
 def encode_layout(bits: int, grids: Sequence[Grid]) -> bytes:
     """Payload of the section."""
     writer = Writer()
@@ -108,8 +113,8 @@ def read_layout(reader: Reader) -> Layout:
 
 def _read_grid(reader: Reader) -> GridLayout:
     name, num_dims = reader.text(), reader.u8()
-    if num_dims not in (1, 2):
-        raise reader.error(f"{name!r} has {num_dims} dimensions, expected 1 or 2")
+    if num_dims not in (1, 2, 3):
+        raise reader.error(f"{name!r} has {num_dims} dimensions, expected 1 to 3")
     size, channels = reader.varints(num_dims), reader.varint()
     if max(size) >= 2**31:
         raise reader.error(f"{name!r} has the size {size}, expected less than 2**31")

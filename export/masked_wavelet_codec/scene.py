@@ -1,6 +1,7 @@
 """What a file holds: the quantised grids of a trained model and all else that rendering needs.
 
-Letters: C channels, B bands, H and W plane size, N line length (or number of cameras), L levels.
+Letters: C channels, B bands, H and W plane size, D, H and W of voxels, N line length (or number of
+cameras), L levels.
 Levels are numbered coarse to fine: 0 is the approximation, 1 the coarsest details, L the finest.
 """
 
@@ -24,7 +25,8 @@ class Band:
     level: int
     """0 = approximation, or the samples themselves where a grid is untransformed."""
     values: np.ndarray
-    """int16 (C, B, *spatial). B = 1 at level 0; at details 3 for a plane, 1 for a line.
+    """int16 (C, B, *spatial). B = 1 at level 0; at details 7 for voxels, 3 for a plane, 1 for
+    a line.
     Zero where dropped."""
     mask: np.ndarray
     """bool, shape of ``values``. True = kept; a kept coefficient may be zero."""
@@ -34,12 +36,13 @@ class Band:
 
 @dataclass(frozen=True)
 class Grid:
-    """One plane or one line of the field."""
+    """One plane, one line or one block of voxels of the field."""
 
     name: str
     """Unique within the scene, e.g. ``density_planes.0``."""
     size: tuple[int, ...]
-    """Spatial size before padding and transform: (H, W) of a plane, (N,) of a line."""
+    """Spatial size before padding and transform: (D, H, W) of voxels, (H, W) of a plane, (N,) of
+    a line."""
     bands: tuple[Band, ...]
     """Levels 0, 1, … L in this order, all with the same C."""
 

@@ -122,8 +122,8 @@ def _check_grid(grid: Grid, bits: int, where: str) -> None:
     _expect_text(grid.name, f"{where}.name")
     where = f"grid {grid.name!r}"
     _expect_type(grid.size, tuple, f"{where}.size")
-    if len(grid.size) not in (1, 2):
-        raise CodecError(f"{where}.size: expected (H, W) or (N,), got {grid.size}")
+    if len(grid.size) not in (1, 2, 3):
+        raise CodecError(f"{where}.size: expected (N,), (H, W) or (D, H, W), got {grid.size}")
     for length in grid.size:
         _expect_type(length, int, f"{where}.size")
         if not 0 <= length < 2**31:
