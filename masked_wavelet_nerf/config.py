@@ -86,8 +86,8 @@ class MaskedWaveletModelConfig(SceneSettings, ModelConfig):
     """Training: samples of no more weight in their pixel get no colour; they darken it a little,
     which clears empty space."""
     l1_weight_initial: float = 8e-5
-    """Weight of the mean absolute value of the density planes; in bounded scenes until the first
-    occupancy step."""
+    """Weight of the mean absolute value of the density planes or voxels; in bounded scenes until
+    the first occupancy step."""
     l1_weight: float = 4e-5
     """Bounded scenes: the same weight afterwards."""
     distortion_weight: float = 0.01

@@ -28,6 +28,8 @@ from masked_wavelet_nerf.planes import (
     SpatialGrid,
     to_spatial,
 )
+from masked_wavelet_nerf.volumes import VolumeTransform
+from masked_wavelet_nerf.voxels import VoxelGrid
 from masked_wavelet_nerf.wavelet import TransformName, make_transform
 
 
@@ -82,7 +84,11 @@ class WaveletPlaneField(nn.Module):
             level_scaling=config.level_scaling,
         )
 
-        def grid(num_components: int) -> FactorisedGrid:
+        def grid(num_components: int) -> FactorisedGrid | VoxelGrid:
+            if config.planes == "voxels":
+                lifted = VolumeTransform(transform)
+                kinds = {"bits": config.bits, "masked": config.masks}
+                return VoxelGrid(num_components, resolution, lifted, **kinds)
             return FactorisedGrid(
                 num_components,
                 resolution,
@@ -123,11 +129,10 @@ class WaveletPlaneField(nn.Module):
         return self.density_grid.resolution
 
     def grids(self) -> dict[str, CoefficientGrid]:
-        """Planes and lines by the name they have in the bitstream."""
+        """Planes and lines, or voxels, by the name they have in the bitstream."""
         named: dict[str, CoefficientGrid] = {}
         for part, grid in (("density", self.density_grid), ("appearance", self.appearance_grid)):
-            for kind, members in (("planes", grid.grids[:3]), ("lines", grid.grids[3:])):
-                named.update({f"{part}_{kind}.{i}": member for i, member in enumerate(members)})
+            named.update({f"{part}_{name}": member for name, member in grid.named().items()})
         return named
 
     def num_coefficients(self) -> list[list[int]]:

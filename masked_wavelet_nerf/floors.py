@@ -8,8 +8,8 @@ count one each. Parts share no memory traffic: fusing some could go lower.
     masks & transform, forward  8 K + 4 T: reads v, m, writes planes     6 K + Σ levels 4 t C h w
                       backward  16 K + 4 T: reads v, m, writes ∂v, ∂m    12 K + Σ levels 4 t C h w
     marching                    32 R + P + 24 N                          12 P
-    look-ups, forward           4 min(T, 6 G N) + 12 N + 4 O             12 G N (VM), 8 G N
-                      backward  4 min(T, 6 G N) + 4 T + 12 N + 4 O       26 G N (VM), 14 G N
+    look-ups, forward           4 min(T, V G N) + 12 N + 4 O             12, 8, 15 G N
+                      backward  4 min(T, V G N) + 4 T + 12 N + 4 O       26, 14, 16 G N
     networks, forward           4 (W + M (F + 3 + 3))                    2 W M
                       backward  4 (2 W + M (2 F + 3 + 3))                4 W M
     volume rendering, forward   20 N + 20 M + 24 R + 4 T (L1) + 4 K      10 N + 8 M + 2 T + K
@@ -18,12 +18,14 @@ count one each. Parts share no memory traffic: fusing some could go lower.
     data manager & rays         80 R                                     30 R
     others                      none                                     none
 
-K coefficients, T spatial values of planes and lines (for look-ups those of the density or of the
-appearance, for L1 those of the density), C·h·w values that a level makes, t taps per value of both
-filters together (a row and a column pass: 2 · 2 · t), R rays, P places along them within the box,
-N density samples, M coloured ones (in look-ups of appearance, N is M), G components times planes,
-O values that look-ups give (N sums, or M times F), F appearance features, W weights of networks. In
-rendering only the forward half counts, without losses; planes are made once, not for each frame.
+Of look-ups the operations are those of VM, tri-planes and voxels; V = 6, 6, 8 values are read.
+K coefficients, T spatial values of planes and lines, or voxels (for look-ups those of the density
+or of the appearance, for L1 those of the density), C·h·w values that a level makes, t taps per
+value of both filters together (a row and a column pass: 2 · 2 · t), R rays, P places along them
+within the box, N density samples, M coloured ones (in look-ups of appearance, N is M), G components
+times planes, O values that look-ups give (N sums, or M times F), F appearance features, W weights
+of networks. In rendering only the forward half counts, without losses; planes are made once, not
+for each frame.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ from torch import nn
 from masked_wavelet_nerf import tracing
 from masked_wavelet_nerf.clock import now
 from masked_wavelet_nerf.model import MaskedWaveletModel
-from masked_wavelet_nerf.planes import FactorisedGrid
+from masked_wavelet_nerf.planes import FactorisedGrid, PlanesName
+from masked_wavelet_nerf.volumes import VolumeTransform
+from masked_wavelet_nerf.voxels import VoxelGrid
 from masked_wavelet_nerf.wavelet import DCTTransform, PlaneTransform, WaveletTransform
 
 
@@ -64,6 +68,24 @@ class Work(NamedTuple):
         return max(self.num_bytes / machine.bandwidth, self.operations / machine.peak)
 
 
+class LookUp(NamedTuple):
+    """Of one component at one point."""
+
+    values: int
+    """Read."""
+    forward: int
+    """Operations."""
+    backward: int
+    """Operations of the gradient."""
+
+
+LOOK_UPS: dict[PlanesName, LookUp] = {
+    "vm": LookUp(6, 12, 26),
+    "triplane": LookUp(6, 8, 14),
+    "voxels": LookUp(8, 15, 16),
+}
+
+
 @dataclass(frozen=True)
 class Counts:
     """What one training step or one frame works on; letters as in the module's docstring."""
@@ -79,10 +101,10 @@ class Counts:
     """T of the density's planes and lines."""
     appearance_values: int
     density_components: int
-    """G: components times planes."""
+    """G: components times planes, or of the voxels."""
     appearance_components: int
     appearance_features: int
-    has_lines: bool
+    look_up: LookUp
     weights: int
     parameters: int
 
@@ -106,24 +128,34 @@ def counts_of(
         ),
         density_values=_num_values(field.density_grid),
         appearance_values=_num_values(field.appearance_grid),
-        density_components=3 * field.density_grid.num_components,
-        appearance_components=3 * field.appearance_grid.num_components,
+        density_components=_num_components(field.density_grid),
+        appearance_components=_num_components(field.appearance_grid),
         appearance_features=field.appearance_grid.num_features,
-        has_lines=len(field.density_grid.lines) > 0,
+        look_up=LOOK_UPS[field.config.planes],
         weights=sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear)),
         parameters=sum(p.numel() for p in field.parameters()),
     )
 
 
-def _num_values(grid: FactorisedGrid) -> int:
+def _num_components(grid: FactorisedGrid | VoxelGrid) -> int:
+    return grid.num_components * (1 if isinstance(grid, VoxelGrid) else 3)
+
+
+def _num_values(grid: FactorisedGrid | VoxelGrid) -> int:
     sizes = [torch.Size(member.spatial_size).numel() for member in grid.grids]
     return grid.num_components * sum(sizes)
 
 
-def transform_operations(transform: PlaneTransform, channels: int, size: tuple[int, ...]) -> int:
-    """Operations of the inverse of one plane (H, W), or of a line, which takes none."""
+def transform_operations(
+    transform: PlaneTransform | VolumeTransform, channels: int, size: tuple[int, ...]
+) -> int:
+    """Operations of the inverse of a volume (D, H, W), a plane (H, W), or a line: none."""
     if len(size) == 1:
         return 0
+    if isinstance(transform, VolumeTransform):
+        # A third axis adds half as much again to what every slice takes.
+        of_slice = transform_operations(transform.of_planes, channels, size[1:])
+        return 3 * size[0] * of_slice // 2
     height, width = size
     if isinstance(transform, DCTTransform):
         return 2 * channels * height * width * (height + width)
@@ -153,11 +185,15 @@ def work(counts: Counts, *, training: bool) -> dict[str, Work]:
         tracing.DATA: Work(80 * c.rays, 30 * c.rays),
     }
     for part, (values, components, samples, outputs) in lookups.items():
-        read = 4 * min(values, 6 * components * samples) + 12 * samples + 4 * outputs * samples
-        operations = (12 if c.has_lines else 8) * components * samples
+        read = (
+            4 * min(values, c.look_up.values * components * samples)
+            + 12 * samples
+            + 4 * outputs * samples
+        )
+        operations = c.look_up.forward * components * samples
         if training:
             read += read + 4 * values
-            operations += (26 if c.has_lines else 14) * components * samples
+            operations += c.look_up.backward * components * samples
         found[part] = Work(read, operations)
     n, m, features = c.density_samples, c.coloured_samples, c.appearance_features
     if not training:

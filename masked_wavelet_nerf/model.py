@@ -395,9 +395,10 @@ class MaskedWaveletModel(Model):
         self.camera_optimizer.get_loss_dict(losses)
         l1_weight = config.l1_weight if self.occupancy.is_known else config.l1_weight_initial
         if l1_weight > 0:
-            grids = (*spatial.density.planes, *spatial.density.lines)
             # Channels last, as the planes are in memory: so is the gradient, then.
-            means = [grid.movedim(0, -1).abs().mean() for grid in grids]
+            means = [
+                member.movedim(0, -1).abs().mean() for kind in spatial.density for member in kind
+            ]
             losses["l1_loss"] = l1_weight * torch.stack(means).sum()
         for name, weight, grid in (
             ("density", config.tv_weight_density, spatial.density),
@@ -408,9 +409,9 @@ class MaskedWaveletModel(Model):
                     weight
                     * torch.stack(
                         [
-                            plane.diff(dim=axis).square().mean()
-                            for plane in grid.planes
-                            for axis in (1, 2)
+                            member.diff(dim=axis).square().mean()
+                            for member in (*grid.planes, *grid.volumes)
+                            for axis in range(1, member.ndim)
                         ]
                     ).sum()
                 )

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Hashable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -37,10 +37,11 @@ from masked_wavelet_nerf.masking import (
     quantiser_step,
 )
 from masked_wavelet_nerf.rate import mask_penalty
-from masked_wavelet_nerf.wavelet import Bands, DCTTransform, PlaneTransform, make_transform
+from masked_wavelet_nerf.volumes import VolumeTransform
+from masked_wavelet_nerf.wavelet import PlaneTransform, make_transform
 
-PlanesName = Literal["vm", "triplane"]
-"""vm: planes times lines (TensoRF); triplane: planes only."""
+PlanesName = Literal["vm", "triplane", "voxels"]
+"""vm: planes times lines (TensoRF); triplane: planes only; voxels: see ``voxels``."""
 ReduceName = Literal["product", "sum"]
 """How a tri-plane combines its three planes."""
 
@@ -58,19 +59,22 @@ _REFERENCE_BITS = 8
 
 
 class SpatialGrid(NamedTuple):
-    """Planes and lines in the spatial domain: what points are looked up in."""
+    """Planes and lines, or voxels, in the spatial domain: what points are looked up in."""
 
-    planes: tuple[Float[Tensor, "C H W"], ...]
-    lines: tuple[Float[Tensor, "C n"], ...]
+    planes: tuple[Float[Tensor, "C H W"], ...] = ()
+    lines: tuple[Float[Tensor, "C n"], ...] = ()
     """Empty for a tri-plane."""
+    volumes: tuple[Float[Tensor, "C D H W"], ...] = ()
+    """The one of voxels, else empty."""
 
 
 class CoefficientGrid(nn.Module):
-    """One plane or line, stored as quantised and masked coefficients.
+    """One plane, line or volume, stored as quantised and masked coefficients.
 
     Args:
-        spatial: initial values, (C, H, W) for a plane or (C, n) for a line.
-        transform: takes a plane to bands; a line is stored as it is.
+        spatial: initial values, (C, D, H, W) for a volume, (C, H, W) for a plane or (C, n) for a
+            line.
+        transform: takes a plane, or a volume, to bands; a line is stored as it is.
         bits: quantiser width 2–16, or None for none.
         masked: whether every coefficient carries a trainable mask.
     """
@@ -81,7 +85,7 @@ class CoefficientGrid(nn.Module):
     def __init__(
         self,
         spatial: Float[Tensor, "C *n"],
-        transform: PlaneTransform,
+        transform: PlaneTransform | VolumeTransform,
         bits: int | None,
         masked: bool,
     ) -> None:
@@ -103,7 +107,7 @@ class CoefficientGrid(nn.Module):
 
     @property
     def spatial_size(self) -> tuple[int, ...]:
-        """(H, W) of a plane, (n,) of a line."""
+        """(D, H, W) of a volume, (H, W) of a plane, (n,) of a line."""
         return self._size
 
     def set_largest(self, largest: Sequence[int] | None) -> None:
@@ -146,7 +150,7 @@ class CoefficientGrid(nn.Module):
             threshold: logits below it are dropped.
 
         Returns:
-            The spatial plane or line, and how many coefficients of each level were kept.
+            The spatial plane, line or volume, and how many coefficients of each level were kept.
         """
         levels, counts = [], []
         for level, values in enumerate(self.coefficients):
@@ -173,6 +177,7 @@ class CoefficientGrid(nn.Module):
             or not len(self.logits)
             or (num_levels is not None and num_levels < len(self.coefficients) - 1)
             or not native.serves(*self.coefficients)
+            or isinstance(self.transform, VolumeTransform)
         ):
             return None
         taps = self.transform.taps(self._size)
@@ -205,8 +210,8 @@ class CoefficientGrid(nn.Module):
             self.set_largest([found or q for found, q in zip(largest, self._largest, strict=True)])
 
     def upsample(self, size: tuple[int, ...]) -> None:
-        """Resizes to ``size`` through the spatial domain, (bi)linearly."""
-        modes = {1: "linear", 2: "bilinear"}
+        """Resizes to ``size`` through the spatial domain, linearly along each axis."""
+        modes = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
         def resize(spatial: Tensor) -> Tensor:
             mode = modes[spatial.ndim - 1]
@@ -270,7 +275,7 @@ class CoefficientGrid(nn.Module):
         stride = 2 ** (self.transform.num_levels - max(level - 1, 0))
         for axis, (first, spacing) in enumerate(origins):
             entry = torch.arange(band_size[axis], dtype=torch.float64, device=logits.device)
-            if isinstance(self.transform, DCTTransform):
+            if not self.transform.is_local:
                 source = entry * (self._size[axis] / (size[axis] * spacing)) + 0.5
             else:
                 texel = first + spacing * ((entry + 0.5) * stride - 0.5)
@@ -282,13 +287,12 @@ class CoefficientGrid(nn.Module):
     def _forward_transform(self, spatial: Tensor) -> list[Tensor]:
         if spatial.ndim == 2:
             return [spatial[:, None].contiguous()]
-        bands = self.transform.forward(spatial)
-        return [bands.approximation[:, None], *bands.details]
+        return self.transform.to_levels(spatial)
 
     def _inverse_transform(self, levels: Sequence[Tensor]) -> Tensor:
         if len(self._size) == 1:
             return levels[0].squeeze(1)
-        return self.transform.inverse(Bands(levels[0].squeeze(1), tuple(levels[1:])), self._size)  # pyright: ignore[reportArgumentType]
+        return self.transform.from_levels(levels, self._size)  # pyright: ignore[reportArgumentType]
 
     def _set_data(
         self, coefficients: list[Tensor], logits: list[Tensor], size: tuple[int, ...]
@@ -391,6 +395,15 @@ class FactorisedGrid(nn.Module):
         """Planes, then lines."""
         return [*self.planes, *self.lines]  # pyright: ignore[reportReturnType]
 
+    def named(self) -> dict[str, CoefficientGrid]:
+        """Planes, then lines, by what the bitstream calls them."""
+        planes = {f"planes.{i}": grid for i, grid in enumerate(self.grids[:3])}
+        return planes | {f"lines.{i}": grid for i, grid in enumerate(self.grids[3:])}
+
+    def assemble(self, spatial: Sequence[Tensor]) -> SpatialGrid:
+        """What :attr:`grids` are in the spatial domain, as what points are looked up in."""
+        return SpatialGrid(tuple(spatial[:3]), tuple(spatial[3:]))
+
     def forward(
         self, num_levels: int | None = None, threshold: float = 0.0
     ) -> tuple[SpatialGrid, list[Int[Tensor, " _"]]]:
@@ -477,23 +490,37 @@ class FactorisedGrid(nn.Module):
         return list(zip(self.grids, axes, strict=False))
 
 
+@runtime_checkable
+class PartGrid(Protocol):
+    """Density or appearance: a few grids of coefficients, and what they give at points."""
+
+    @property
+    def grids(self) -> list[CoefficientGrid]:
+        """In the order of the bitstream."""
+        ...
+
+    def assemble(self, spatial: Sequence[Tensor]) -> SpatialGrid:
+        """What :attr:`grids` are in the spatial domain, as what points are looked up in."""
+        ...
+
+
 def to_spatial(
-    grids: Sequence[FactorisedGrid],
+    grids: Sequence[PartGrid],
     num_levels: int | None = None,
     threshold: float = 0.0,
     recording: graphs.Recording | None = None,
 ) -> tuple[list[tuple[SpatialGrid, list[Int[Tensor, " _"]]]], Float[Tensor, ""] | None]:
-    """:meth:`CoefficientGrid.forward` of all planes and lines: at once, where that can be.
+    """:meth:`CoefficientGrid.forward` of everything: at once, where that can be.
 
     Args:
-        grids: whose planes and lines.
+        grids: whose planes and lines, or voxels.
         num_levels: see :meth:`CoefficientGrid.forward`.
         threshold: likewise.
         recording: to replay on CUDA, where all that is returned is overwritten by the next call.
 
     Returns:
-        For each grid its planes and lines in the spatial domain, and kept counts of their levels;
-        and the sum of all logits, times their prices, where it costs nothing.
+        For each grid its planes and lines, or voxels, in the spatial domain, and kept counts of
+        their levels; and the sum of all logits, times their prices, where it costs nothing.
     """
     members = [member for grid in grids for member in grid.grids]
 
@@ -519,10 +546,7 @@ def to_spatial(
     spatial, kept = iter(found[: len(members)]), iter(found[len(members) :])
     by_grid = [
         (
-            SpatialGrid(
-                tuple(itertools.islice(spatial, len(grid.planes))),
-                tuple(itertools.islice(spatial, len(grid.lines))),
-            ),
+            grid.assemble(list(itertools.islice(spatial, len(grid.grids)))),
             list(itertools.islice(kept, len(grid.grids))),
         )
         for grid in grids

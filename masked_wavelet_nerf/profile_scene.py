@@ -179,13 +179,9 @@ def fill_with_tube(model: MaskedWaveletModel) -> None:
         channels = grid.coefficients[0].shape[0]
         scale = 0.1 if name.startswith("appearance") else 1e-3
         spatial = scale * torch.randn(channels, *grid.spatial_size, generator=generator)
-        is_tube = name in ("density_planes.0", "density_lines.0")
+        is_tube = name in ("density_planes.0", "density_lines.0", "density_voxels.0")
         if is_tube:
-            spatial[0] = (
-                _ring(*grid.spatial_size)
-                if len(grid.spatial_size) == 2
-                else _walls(*grid.spatial_size)
-            )
+            spatial[0] = _tube(*grid.spatial_size)
         rebuilt = CoefficientGrid(spatial, grid.transform, _BITS, bool(len(grid.logits)))
         grid.load_state_dict(rebuilt.state_dict())
         for values, logits in zip(grid.coefficients, grid.logits, strict=False):
@@ -198,6 +194,14 @@ def fill_with_tube(model: MaskedWaveletModel) -> None:
             logits.copy_(torch.where(keep, INITIAL_LOGIT, -INITIAL_LOGIT))
     model.refresh()
     model.update_occupancy()
+
+
+def _tube(*size: int) -> torch.Tensor:
+    """Density features of a line (z), a plane (y, x) or a volume (z, y, x)."""
+    if len(size) == 1:
+        return _walls(*size)
+    ring = _ring(*size[-2:])
+    return ring if len(size) == 2 else _walls(size[0])[:, None, None] * ring
 
 
 def _ring(height: int, width: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from masked_wavelet_codec import Description
 
 
 def kept_by_level(description: Description) -> dict[str, tuple[int, int]]:
-    """Kept coefficients and all of them, for each level of the planes, and for the lines."""
+    """Kept coefficients and all of them, for each level of planes or voxels, and for the lines."""
     kept: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for level in description.levels:
         key = "lines" if "_lines." in level.grid else f"level {level.level}"

@@ -151,8 +151,38 @@ def headline(scene: codec.Scene, description: codec.Description) -> str:
 
 
 def drawable(scene: codec.Scene) -> list[codec.Grid]:
-    """The planes that have coefficients, and bands that double level by level as wavelets' do."""
-    return [grid for grid in scene.grids if len(grid.size) == 2 and _is_nested(grid)]
+    """The planes that have coefficients, and bands that double level by level as wavelets' do.
+
+    Of voxels three projections, see :func:`projections`.
+    """
+    planes = []
+    for grid in scene.grids:
+        planes += projections(grid) if len(grid.size) == 3 else [grid]
+    return [grid for grid in planes if len(grid.size) == 2 and _is_nested(grid)]
+
+
+def projections(grid: codec.Grid) -> list[codec.Grid]:
+    """Voxels (D, H, W) as the planes XY, XZ and YZ: what lies along the third axis as channels.
+
+    Bands that are fine along that axis are left out.
+    """
+    found = []
+    for axis, name in enumerate(_PLANES):
+        # Of the bits d, h, w of a band's number those of the rows, of the columns, of both.
+        rows, columns = (4 >> other for other in range(3) if other != axis)
+        bands = []
+        for band in grid.bands:
+            chosen = [0] if band.level == 0 else [rows - 1, columns - 1, rows + columns - 1]
+            values, mask = (
+                np.moveaxis(array[:, chosen], 2 + axis, 1).reshape(
+                    -1, len(chosen), *np.delete(array.shape[2:], axis)
+                )
+                for array in (band.values, band.mask)
+            )
+            bands.append(replace(band, values=values, mask=mask))
+        size = tuple(length for other, length in enumerate(grid.size) if other != axis)
+        found.append(codec.Grid(f"{grid.name} {name}", size, tuple(bands)))
+    return found
 
 
 def magnitudes(grid: codec.Grid) -> list[Float[np.ndarray, "_ _ _"]]:
@@ -305,12 +335,16 @@ def _add_scale(figure: SubFigure, cells: Iterable[Axes], label: str) -> Axis:
 
 def part_of(grid: codec.Grid) -> str:
     """``density`` of ``density_planes.0``."""
-    return grid.name.partition(".")[0].removesuffix("_planes").removesuffix("_lines")
+    name = grid.name.partition(".")[0]
+    for kind in ("_planes", "_lines", "_voxels"):
+        name = name.removesuffix(kind)
+    return name
 
 
 def title_of(grid: codec.Grid) -> str:
     """``density XY`` of ``density_planes.0``; other names as they are."""
     names = {f"{part_of(grid)}_planes.{i}": plane for i, plane in enumerate(_PLANES)}
+    names |= {f"{part_of(grid)}_voxels.0 {plane}": plane for plane in _PLANES}
     title = f"{part_of(grid)} {names[grid.name]}" if grid.name in names else grid.name
     return _plain(title)
 
@@ -341,7 +375,7 @@ def _split_level(grids: Sequence[codec.Grid], level: int, bits: float) -> list[B
 
     def key(number: int) -> tuple[str, str]:
         grid = grids[number]
-        return (f"level {level}" if len(grid.size) == 2 else _lines(level)), part_of(grid)
+        return (_lines(level) if len(grid.size) == 1 else f"level {level}"), part_of(grid)
 
     def cost(stop: int) -> float:
         """Bits at this level of the grids before ``stop``, which are coded knowing no later one."""

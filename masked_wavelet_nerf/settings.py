@@ -15,11 +15,12 @@ class SceneSettings:
     """Of a field and its rendering; knows nothing of training, or of nerfstudio."""
 
     planes: PlanesName = "vm"
-    """vm: three planes, each times a line (TensoRF). triplane: three planes only."""
+    """vm: three planes, each times a line (TensoRF). triplane: three planes only. voxels: a block
+    of voxels, which wants fewer voxels and components (1 for density, 12 for appearance)."""
     triplane_reduce: ReduceName = "product"
     """How a tri-plane combines its three planes."""
     transform: TransformName = "wavelet"
-    """What planes are stored as: wavelet or DCT coefficients, or the spatial values themselves."""
+    """What planes or voxels are stored as: wavelet or DCT coefficients, or their own values."""
     wavelet: str = "bior4.4"
     """Discrete wavelet by its PyWavelets name: haar, db2, bior2.2, bior4.4, coif1, sym4, …"""
     levels: int = 4
@@ -31,9 +32,9 @@ class SceneSettings:
     masks: bool = True
     """Give every coefficient a trainable mask."""
     num_density_components: int = 16
-    """Density components of each plane."""
+    """Density components of each plane, or of the voxels."""
     num_appearance_components: int = 48
-    """Appearance components of each plane."""
+    """Appearance components of each plane, or of the voxels."""
     appearance_dim: int = 27
     """Features of the colour network, after the linear appearance map."""
     hidden_dim: int = 128

@@ -2,11 +2,12 @@
 
 Torch alone.
 
-Letters: N points, C channels, B bands, H and W texels of a plane, h and w entries of a band.
+Letters: N points, C channels, B bands, ``*n`` the axes of a plane or of voxels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from masked_wavelet_nerf.field import SpatialField, WaveletPlaneField
 from masked_wavelet_nerf.masking import keep
 from masked_wavelet_nerf.planes import PLANE_AXES, CoefficientGrid, sample
 from masked_wavelet_nerf.rendering import Space
-from masked_wavelet_nerf.wavelet import DCTTransform
+from masked_wavelet_nerf.voxels import sample_volume
 
 _REACH = 1.0
 """Voxels to either side over which density is compared: less shows the noise of single texels."""
@@ -63,14 +64,17 @@ def _jacobian(positions: Float[Tensor, "N 3"], space: Space) -> Float[Tensor, "N
 class KeptMaps(NamedTuple):
     """Which share of the coefficients is kept, place by place, level by level."""
 
-    planes: tuple[Float[Tensor, "levels H W"], ...]
-    """XY, XZ and YZ at their texels, in [0, 1]: relative to the fullest place of the level."""
+    images: tuple[Float[Tensor, "levels *n"], ...]
+    """XY, XZ and YZ at their texels, or the voxels (z, y, x), in [0, 1]: relative to the fullest
+    place of the level."""
 
     def at(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N levels"]:
-        """Mean of the three planes at points in [-1, 1]³."""
+        """At points in [-1, 1]³; of three planes, their mean."""
+        if len(self.images) == 1:
+            return sample_volume(self.images[0], points).T
         found = [
             sample(plane[None], points[:, u : v + 1 : v - u])
-            for plane, (u, v) in zip(self.planes, PLANE_AXES, strict=True)
+            for plane, (u, v) in zip(self.images, PLANE_AXES, strict=True)
         ]
         return torch.stack(found).mean(dim=0).T
 
@@ -82,25 +86,27 @@ def kept_maps(
     """Of density and appearance together; None where coefficients have no place of their own (DCT).
 
     Args:
-        field: planes and masks.
+        field: planes, or voxels, and masks.
         num_levels: detail levels to count, coarse first; None for all. The rest count as dropped.
         threshold: logits below it are dropped.
     """
-    pairs = zip(field.density_grid.planes, field.appearance_grid.planes, strict=True)
     images = []
-    for pair in pairs:
-        grids = [grid for grid in pair if isinstance(grid, CoefficientGrid)]
-        if isinstance(grids[0].transform, DCTTransform):
+    for grids in zip(field.density_grid.grids, field.appearance_grid.grids, strict=True):
+        if len(grids[0].spatial_size) == 1:
+            continue
+        if not grids[0].transform.is_local:
             return None
         images.append(_kept_image(grids, num_levels, threshold))
-    most = torch.stack([image.amax(dim=(1, 2)) for image in images]).amax(dim=0)
-    return KeptMaps(tuple(image / most.clamp(min=1e-6)[:, None, None] for image in images))
+    most = torch.stack([image.flatten(1).amax(dim=1) for image in images]).amax(dim=0)
+    return KeptMaps(
+        tuple((image.movedim(0, -1) / most.clamp(min=1e-6)).movedim(-1, 0) for image in images)
+    )
 
 
 def _kept_image(
-    grids: list[CoefficientGrid], num_levels: int | None, threshold: float
-) -> Float[Tensor, "levels H W"]:
-    height, width = grids[0].spatial_size
+    grids: Sequence[CoefficientGrid], num_levels: int | None, threshold: float
+) -> Float[Tensor, "levels *n"]:
+    size = grids[0].spatial_size
     levels = []
     for level in range(len(grids[0].coefficients)):
         if num_levels is not None and level > num_levels:
@@ -110,11 +116,12 @@ def _kept_image(
         share = torch.cat(kept).float().mean(dim=0)
         # Entries lie side by side from the first texel on, as many texels wide each.
         texels = 2 ** (grids[0].transform.num_levels - max(level - 1, 0))
-        spread = share.repeat_interleave(texels, dim=0).repeat_interleave(texels, dim=1)
-        levels.append(spread[:height, :width])
+        for axis, length in enumerate(size):
+            share = share.repeat_interleave(texels, dim=axis).narrow(axis, 0, length)
+        levels.append(share)
     return torch.stack(levels)
 
 
-def _kept(grid: CoefficientGrid, level: int, threshold: float) -> Bool[Tensor, "C B h w"]:
+def _kept(grid: CoefficientGrid, level: int, threshold: float) -> Bool[Tensor, "C B *n"]:
     values = grid.coefficients[level]
     return keep(grid.logits[level] if len(grid.logits) else None, values, threshold)

@@ -24,6 +24,7 @@ from masked_wavelet_nerf.datamanager import WaveletDataManager
 from masked_wavelet_nerf.field import WaveletPlaneField
 from masked_wavelet_nerf.model import MaskedWaveletModel
 from masked_wavelet_nerf.planes import FactorisedGrid
+from masked_wavelet_nerf.voxels import VoxelGrid
 
 TRANSFORM = "masks & inverse transform"
 """With the quantiser: compiled loops do all three at once."""
@@ -69,6 +70,7 @@ _LABELLED: tuple[tuple[Any, str, str], ...] = (
     (WaveletPlaneField, "density", DENSITY),
     (WaveletPlaneField, "colour", NETWORKS),
     (FactorisedGrid, "features", APPEARANCE),
+    (VoxelGrid, "features", APPEARANCE),
     (WaveletDataManager, "next_train", DATA),
     (Cameras, "generate_rays", DATA),
     (Optimizers, "zero_grad_some", OPTIMISER),

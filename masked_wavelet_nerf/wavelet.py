@@ -29,8 +29,9 @@ from __future__ import annotations
 import functools
 import itertools
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import pywt
@@ -65,6 +66,8 @@ class PlaneTransform(ABC):
     """
 
     num_levels: int = 0
+    is_local: ClassVar[bool] = True
+    """Whether coefficients have a place of their own."""
 
     def band_sizes(self, size: Size) -> tuple[Size, ...]:
         """(h, w) of the approximation, then of each detail level, coarse to fine."""
@@ -73,6 +76,17 @@ class PlaneTransform(ABC):
     def taps(self, size: tuple[int, ...]) -> tuple[native.Levels, native.Levels] | None:
         """Inverse transform and its adjoint as the compiled loops take them, where they can."""
         return None
+
+    def to_levels(self, plane: Float[Tensor, "C H W"]) -> list[Float[Tensor, "C _ _ _"]]:
+        """:meth:`forward` as (C, 1, h, w), then (C, 3, h, w) for each detail level."""
+        bands = self.forward(plane)
+        return [bands.approximation[:, None], *bands.details]
+
+    def from_levels(
+        self, levels: Sequence[Float[Tensor, "C _ _ _"]], size: Size
+    ) -> Float[Tensor, "C H W"]:
+        """Inverse of :meth:`to_levels`."""
+        return self.inverse(Bands(levels[0].squeeze(1), tuple(levels[1:])), size)
 
     @abstractmethod
     def forward(self, plane: Float[Tensor, "C H W"]) -> Bands:
@@ -128,10 +142,12 @@ class IdentityTransform(PlaneTransform):
 class DCTTransform(PlaneTransform):
     """Orthonormal 2-D DCT-II of the whole plane; all coefficients in ``approximation``."""
 
+    is_local: ClassVar[bool] = False
+
     def forward(self, plane: Float[Tensor, "C H W"]) -> Bands:
         """D_H · X · D_Wᵀ."""
         size = self._check_plane(plane)
-        rows, columns = (_dct_matrix(n, plane.dtype, plane.device) for n in size)
+        rows, columns = (dct_matrix(n, plane.dtype, plane.device) for n in size)
         with torch.autocast(plane.device.type, enabled=False):
             return Bands(rows @ plane @ columns.T, ())
 
@@ -139,7 +155,7 @@ class DCTTransform(PlaneTransform):
         """D_Hᵀ · X · D_W."""
         self._check_bands(bands, size)
         x = bands.approximation
-        rows, columns = (_dct_matrix(n, x.dtype, x.device) for n in size)
+        rows, columns = (dct_matrix(n, x.dtype, x.device) for n in size)
         with torch.autocast(x.device.type, enabled=False):
             return rows.T @ x @ columns
 
@@ -373,7 +389,9 @@ def _levels(
         scale = float(level + 1) if transform.level_scaling else 1.0
         factor = 1 / scale if direction == "synthesis" else scale
         axes = [
-            _matrices(transform.wavelet, direction, 2 * half, samples if is_finest else 2 * half)
+            axis_matrices(
+                transform.wavelet, direction, 2 * half, samples if is_finest else 2 * half
+            )
             for half, samples in zip(half_size, size, strict=True)
         ]
         for side, pairs in ((levels, axes), (adjoint, [(low.T, high.T) for low, high in axes])):
@@ -385,7 +403,9 @@ def _levels(
     return _Levels(tuple(levels), merges), _Levels(tuple(adjoint), not merges)
 
 
-def _matrices(wavelet: str, direction: str, n: int, samples: int) -> tuple[np.ndarray, np.ndarray]:
+def axis_matrices(
+    wavelet: str, direction: str, n: int, samples: int
+) -> tuple[np.ndarray, np.ndarray]:
     """(low, high) of one axis of n samples, cropped to or padded from ``samples`` of them."""
     if direction == "analysis":
         padded = np.eye(samples)[np.minimum(np.arange(n), samples - 1)]
@@ -406,7 +426,7 @@ def _runs(used: np.ndarray) -> list[slice]:
 
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def _dct_matrix(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def dct_matrix(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """D[k, i] = sqrt((1 + [k > 0]) / n) · cos(π (2i + 1) k / 2n)."""
     k, i = np.arange(n)[:, None], np.arange(n)[None]
     matrix = np.sqrt(2 / n) * np.cos(np.pi * (2 * i + 1) * k / (2 * n))

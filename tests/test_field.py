@@ -55,6 +55,8 @@ def interpolated(array: torch.Tensor, coordinates: np.ndarray) -> np.ndarray:
 
 def features(spatial, points: torch.Tensor, config: FieldConfig) -> np.ndarray:
     at = points.double().numpy()
+    if config.planes == "voxels":
+        return interpolated(spatial.volumes[0], at[:, ::-1])
     planes = [
         interpolated(plane, at[:, [second, first]])
         for plane, (first, second) in zip(spatial.planes, ((0, 1), (0, 2), (1, 2)), strict=True)
@@ -101,6 +103,8 @@ SETTINGS = [
     {"density_shift": -1.0},
     {"planes": "triplane", "reduce": "product", "density_shift": 0.5},
     {"planes": "triplane", "reduce": "sum", "transform": "dct"},
+    {"planes": "voxels", "density_shift": 0.5},
+    {"planes": "voxels", "transform": "identity"},
     {"transform": "identity", "bits": None, "masks": False, "num_frequencies": 0},
 ]
 

@@ -14,7 +14,7 @@ from torch.autograd import DeviceType
 
 from masked_wavelet_nerf import floors, profile_report, profiling, tracing
 from masked_wavelet_nerf.datamanager import WaveletDataManager
-from masked_wavelet_nerf.floors import Counts, Machine, Work
+from masked_wavelet_nerf.floors import LOOK_UPS, Counts, Machine, Work
 from masked_wavelet_nerf.model import MaskedWaveletModel
 from masked_wavelet_nerf.profile_report import Table
 from masked_wavelet_nerf.profiling import Case, Profile, ProfileError
@@ -236,7 +236,7 @@ COUNTS = Counts(
     density_components=3,
     appearance_components=6,
     appearance_features=6,
-    has_lines=True,
+    look_up=LOOK_UPS["vm"],
     weights=50,
     parameters=2050,
 )

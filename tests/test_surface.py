@@ -162,26 +162,28 @@ def shake_masks(field: WaveletPlaneField) -> None:
 def slow_maps(field, num_levels, threshold) -> list[np.ndarray]:
     """Texel by texel: the share of kept coefficients in the entry that it lies in."""
     maps = []
-    for pair in zip(field.density_grid.planes, field.appearance_grid.planes, strict=True):
-        height, width = pair[0].spatial_size
+    for pair in zip(field.density_grid.grids, field.appearance_grid.grids, strict=True):
+        size = pair[0].spatial_size
+        if len(size) == 1:
+            continue
         finest = len(pair[0].coefficients) - 1
-        image = np.zeros((finest + 1, height, width))
+        image = np.zeros((finest + 1, *size))
         for level in range(finest + 1 if num_levels is None else num_levels + 1):
             side = 2 ** (finest if level == 0 else finest - level + 1)
-            for y in range(height):
-                for x in range(width):
-                    at = np.s_[:, :, y // side, x // side]
-                    kept = []
-                    for grid in pair:
-                        values = grid.coefficients[level][at]
-                        if len(grid.logits):
-                            kept += (grid.logits[level][at] >= threshold).flatten().tolist()
-                        else:
-                            kept += [True] * values.numel()
-                    image[level, y, x] = np.mean(kept)
+            for place in np.ndindex(size):
+                at = (slice(None), slice(None), *(n // side for n in place))
+                kept = []
+                for grid in pair:
+                    values = grid.coefficients[level][at]
+                    if len(grid.logits):
+                        kept += (grid.logits[level][at] >= threshold).flatten().tolist()
+                    else:
+                        kept += [True] * values.numel()
+                image[(level, *place)] = np.mean(kept)
         maps.append(image)
-    fullest = np.max([image.max(axis=(1, 2)) for image in maps], axis=0)
-    return [image / np.where(fullest > 0, fullest, 1)[:, None, None] for image in maps]
+    fullest = np.max([image.reshape(len(image), -1).max(axis=1) for image in maps], axis=0)
+    fullest = np.where(fullest > 0, fullest, 1)
+    return [np.moveaxis(np.moveaxis(image, 0, -1) / fullest, -1, 0) for image in maps]
 
 
 @pytest.mark.parametrize(
@@ -200,6 +202,8 @@ def slow_maps(field, num_levels, threshold) -> list[np.ndarray]:
         ({"masks": False}, 1, 0.0),
         ({"planes": "triplane"}, None, 0.0),
         ({"wavelet": "haar", "bits": None}, None, 0.0),
+        ({"planes": "voxels"}, 1, 0.3),
+        ({"planes": "voxels", "transform": "identity"}, None, 0.3),
     ],
 )
 def test_kept_maps_are_those_of_a_plain_loop(changes, num_levels, threshold):
@@ -208,8 +212,10 @@ def test_kept_maps_are_those_of_a_plain_loop(changes, num_levels, threshold):
     found = kept_maps(field, num_levels, threshold)
     assert found is not None
     nx, ny, nz = field.resolution
-    assert [p.shape[1:] for p in found.planes] == [(ny, nx), (nz, nx), (nz, ny)]
-    for plane, expected in zip(found.planes, slow_maps(field, num_levels, threshold), strict=True):
+    planes = [(ny, nx), (nz, nx), (nz, ny)]
+    sizes = [(nz, ny, nx)] if changes.get("planes") == "voxels" else planes
+    assert [p.shape[1:] for p in found.images] == sizes
+    for plane, expected in zip(found.images, slow_maps(field, num_levels, threshold), strict=True):
         np.testing.assert_allclose(plane.numpy(), expected, atol=1e-6)
         assert plane.min() >= 0 and plane.max() <= 1
 
@@ -235,8 +241,8 @@ def test_a_kept_coefficient_shows_where_it_changes_the_plane(level):
     assert found is not None and changed.any() and not changed.all()
     for other in range(3):
         expected = changed if other == level else torch.zeros_like(changed)
-        torch.testing.assert_close(found.planes[1][other], expected.float())
-    assert found.planes[0].abs().max() == found.planes[2].abs().max() == 0
+        torch.testing.assert_close(found.images[1][other], expected.float())
+    assert found.images[0].abs().max() == found.images[2].abs().max() == 0
 
 
 def test_at_points_the_three_planes_are_averaged():
@@ -252,6 +258,14 @@ def test_at_points_the_three_planes_are_averaged():
     between = (points[1:2] + points[3:4]) / 2
     assert KeptMaps((xy, xz, yz)).at(between.float()).shape == (1, 2)
     assert PLANE_AXES == ((0, 1), (0, 2), (1, 2))
+
+
+def test_voxels_are_looked_up_as_they_lie():
+    volume = torch.rand(2, 5, 3, 4, generator=torch.Generator().manual_seed(3))
+    index = torch.tensor([[0, 0, 0], [3, 2, 4], [1, 2, 0], [2, 0, 3]])
+    points = 2 * index / (torch.tensor([4, 3, 5]) - 1) - 1
+    expected = torch.stack([volume[:, z, y, x] for x, y, z in index])
+    torch.testing.assert_close(KeptMaps((volume,)).at(points.float()), expected)
 
 
 # --- what a model shows of them -------------------------------------------------------------------
