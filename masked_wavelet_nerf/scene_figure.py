@@ -1,4 +1,4 @@
-"""The picture of ``mwnerf info``: planes as wavelet bands, masks, bits by level, size by part.
+"""The picture of ``mwnerf info``: planes as wavelet bands, masks, channels, bits by level, size.
 
 Needs numpy and matplotlib, neither torch nor nerfstudio. What is drawn is computed by functions of
 its own: :func:`mosaic` and its neighbours for the planes, :func:`bars_of` for the charts.
@@ -105,10 +105,11 @@ def draw(path: Path, scene: codec.Scene, description: codec.Description) -> Path
 
 
 def figure_of(scene: codec.Scene, description: codec.Description) -> Figure:
-    """Planes, charts of the levels, and the file's size by part, 1600 pixels wide.
+    """Planes, channels, charts of the levels, and the file's size by part, 1600 pixels wide.
 
     Of each plane the bands in nested layout, x to the right and y downward in XY: the coefficients'
-    rms over channels, and the fraction of channels that the masks keep. Planes beyond the first
+    rms over channels, and the fraction of channels that the masks keep; below them what each
+    channel keeps at each level, the fullest channels of a plane first. Planes beyond the first
     twelve, and such that are not :func:`drawable`, are in the charts alone.
 
     Args:
@@ -119,17 +120,23 @@ def figure_of(scene: codec.Scene, description: codec.Description) -> Figure:
     # Four columns at least, so that pictures of a single part do not fill the width.
     panel = _WIDTH / max(4, 2 * len(columns))
     shapes = [_row_shape(row) for row in itertools.zip_longest(*columns.values())]
+    most_rows = max(
+        (sum(len(grid.bands) for grid in grids) for grids in columns.values()), default=0
+    )
     heights = [sum(panel * shape + 0.35 for shape in shapes) + 0.7] if columns else []
+    heights += [0.9 + 0.16 * most_rows] if columns else []
     heights += [3.6, 1.75]
 
     figure = Figure(figsize=(_WIDTH, sum(heights) + 0.4), layout="constrained", facecolor="white")
     figure.suptitle(headline(scene, description), fontsize=14, color=_INK)
-    *planes, charts, size = (
+    *pictures, charts, size = (
         figure.add_subfigure(cell)
         for cell in figure.add_gridspec(len(heights), 1, height_ratios=heights)
     )
-    for subfigure in planes:
-        _draw_planes(subfigure, columns, shapes)
+    if pictures:
+        planes, channels = pictures
+        _draw_planes(planes, columns, shapes)
+        _draw_channels(channels, columns)
     _draw_charts(charts, bars_of(scene, description))
     _draw_size(size, description)
     return figure
@@ -199,6 +206,17 @@ def magnitudes(grid: codec.Grid) -> list[Float[np.ndarray, "_ _ _"]]:
 def kept_fractions(grid: codec.Grid) -> list[Float[np.ndarray, "_ _ _"]]:
     """For each level, (B, h, w) in [0, 1]: the share of channels that keep their coefficient."""
     return [band.mask.mean(axis=0) for band in grid.bands]
+
+
+def kept_by_channel(grid: codec.Grid) -> Float[np.ndarray, "levels C"]:
+    """Share of the places that each channel keeps at each level, the fullest channels first.
+
+    A channel is one column: they are sorted by what they keep in all.
+    """
+    counts = np.array([band.mask.sum(axis=tuple(range(1, band.mask.ndim))) for band in grid.bands])
+    places = np.array([band.mask[0].size for band in grid.bands])
+    order = np.argsort(-counts.sum(axis=0), kind="stable")
+    return (counts / places[:, None])[:, order]
 
 
 def mosaic(levels: Sequence[Float[np.ndarray, "_ _ _"]]) -> Float[np.ndarray, "H W"]:
@@ -293,6 +311,32 @@ def _draw_planes(
         scale = _add_scale(figure, right, f"{_plain(part)}: fraction of {of_channels} kept")
         scale.set_major_locator(FixedLocator([0, 0.05, 0.2, 0.5, 1]))
         scale.set_major_formatter(StrMethodFormatter("{x:g}"))
+
+
+def _draw_channels(figure: SubFigure, columns: dict[str, list[codec.Grid]]) -> None:
+    """For each part, a row for each level of each plane, and a column for each channel."""
+    cells = figure.subplots(1, len(columns), squeeze=False)[0]
+    for axes, (part, grids) in zip(cells, columns.items(), strict=True):
+        kept = [kept_by_channel(grid) for grid in grids]
+        image = np.concatenate(kept)
+        axes.imshow(image, norm=PowerNorm(0.5, 0, 1), cmap=_MASKS, aspect="auto")
+        starts = np.cumsum([0, *(len(levels) for levels in kept)])
+        for start in starts[1:-1]:
+            axes.axhline(start - 0.5, color="white", linewidth=1)
+        names = [title_of(grid).removeprefix(f"{_plain(part)} ") for grid in grids]
+        labels = [
+            f"{name if level == 0 else ''}  {level}"
+            for name, levels in zip(names, kept, strict=True)
+            for level in range(len(levels))
+        ]
+        axes.set_yticks(range(len(labels)), labels)
+        axes.tick_params(labelsize=8, colors=_INK)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_title(
+            f"{_plain(part)}: fraction kept by each channel (sorted) at each level",
+            fontsize=11,
+            color=_INK,
+        )
 
 
 def _draw_mosaic(

@@ -139,6 +139,16 @@ def test_a_plane_without_levels_is_its_own_picture():
     assert scene_figure.drawable(make_scene(grids=(grid,))) == [grid]
 
 
+def test_channels_are_sorted_by_what_they_keep_in_all():
+    masks = [np.zeros((3, 1, 2, 2), bool), np.zeros((3, 3, 2, 2), bool)]
+    masks[0][0, 0, 0] = True  # channel 0: 2 of 4 at level 0
+    masks[1][1, :, 1, 1] = True  # channel 1: 3 of 12 at level 1
+    masks[1][2] = True  # channel 2: all of level 1
+    bands = [codec.Band(n, mask.astype(np.int16), mask, 1.0) for n, mask in enumerate(masks)]
+    found = scene_figure.kept_by_channel(codec.Grid("a", (4, 4), tuple(bands)))
+    assert found.tolist() == [[0, 0, 0.5], [1, 0.25, 0]]
+
+
 def test_lines_between_the_bands():
     expected = [
         [[2.5, -0.5], [2.5, 7.5]],
@@ -160,7 +170,7 @@ def test_planes_whose_bands_do_not_nest_have_no_picture():
     assert [grid.name for grid in scene_figure.drawable(scene)] == [good.name]
     # Nor do they keep the others from theirs, nor are they left out of the counts.
     description = describe(scene)
-    assert len(pictures(scene_figure.figure_of(scene, description))) == 2
+    assert len(pictures(scene_figure.figure_of(scene, description))) == 2 + 1
     bars = scene_figure.bars_of(scene, description)
     assert sum(bar.num_coefficients for bar in bars) == description.num_coefficients
 
@@ -349,9 +359,12 @@ def test_what_is_drawn_is_what_the_scene_holds():
     expected = []
     for row in range(3):
         for grid in (planes[row], planes[3 + row]):
-            expected += [scene_figure.magnitudes(grid), scene_figure.kept_fractions(grid)]
-    for found, levels in zip(pictures(figure), expected, strict=True):
-        np.testing.assert_allclose(found, scene_figure.mosaic(levels))
+            kinds = scene_figure.magnitudes(grid), scene_figure.kept_fractions(grid)
+            expected += [scene_figure.mosaic(levels) for levels in kinds]
+    for part in (planes[:3], planes[3:]):
+        expected.append(np.concatenate([scene_figure.kept_by_channel(grid) for grid in part]))
+    for found, image in zip(pictures(figure), expected, strict=True):
+        np.testing.assert_allclose(found, image)
     bars = scene_figure.bars_of(scene, description)
     bars = [bar for part in ("density", "appearance") for bar in bars if bar.part == part]
     assert heights_of(figure, "kept coefficients") == [bar.num_kept for bar in bars]
@@ -408,13 +421,13 @@ def test_the_picture_is_written(grids, tmp_path):
 def test_only_so_many_planes_are_drawn():
     grids = tuple(make_plane(f"p{n % 2}.{n}", (4, 4), 1, 0) for n in range(20))
     scene = make_scene(grids=grids)
-    assert len(pictures(scene_figure.figure_of(scene, describe(scene)))) == 24
+    assert len(pictures(scene_figure.figure_of(scene, describe(scene)))) == 24 + 2
 
 
 def test_the_colours_span_what_is_there():
     scene = make_scene(grids=grids_of())
     figure = scene_figure.figure_of(scene, describe(scene))
-    images = [axes.images[0] for axes in figure.axes if axes.images]
+    images = [axes.images[0] for axes in figure.axes if axes.images][:12]
     for column, part in ((0, "density"), (2, "appearance")):
         planes = [g for g in scene_figure.drawable(scene) if g.name.startswith(part)]
         mosaics = [scene_figure.mosaic(scene_figure.magnitudes(grid)) for grid in planes]
