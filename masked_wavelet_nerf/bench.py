@@ -7,7 +7,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -43,6 +43,8 @@ class Bench:
     scenes: tuple[str, ...] = ()
     """Only these scenes of those that presets name (lego is enough for nerf_synthetic/lego); all if
     not given."""
+    variants: tuple[str, ...] = ()
+    """Only these variants of those that presets have; all if not given."""
     seeds: tuple[int, ...] = (42,)
     """Random seeds (--machine.seed)."""
     rows: Path | None = None
@@ -122,11 +124,20 @@ class Bench:
             raise BenchError("expected at least one preset, a TOML file under configs/")
         if self.data is not None and self.data_root is not None:
             raise BenchError("--data is one capture, --data-root a folder of them: give one")
+        presets = [(path, load_preset(path)) for path in self.presets]
+        self._expect_known(
+            "--variants", self.variants, {name for _, preset in presets for name in preset.variants}
+        )
+        if self.data is None:
+            scenes = {scene for _, preset in presets for scene in preset.scenes}
+            known = scenes | {scene.split("/")[-1] for scene in scenes}
+            self._expect_known("--scenes", self.scenes, known)
         experiments = []
-        for path in self.presets:
-            preset = load_preset(path)
+        for path, preset in presets:
             for scene, data in self._scenes(path, preset.scenes):
                 for variant, place, run in preset.runs():
+                    if self.variants and variant not in self.variants:
+                        continue
                     for seed in self.seeds:
                         experiments.append(
                             Experiment(
@@ -143,8 +154,15 @@ class Bench:
                             )
                         )
         if not experiments:
-            raise BenchError(f"--scenes {' '.join(self.scenes)}: no preset names such a scene")
+            raise BenchError("--scenes and --variants: no preset has some of both; give one alone")
         return sorted(experiments, key=lambda experiment: self.seeds.index(experiment.seed))
+
+    @staticmethod
+    def _expect_known(option: str, chosen: Iterable[str], known: set[str]) -> None:
+        for name in chosen:
+            if name not in known:
+                there = ", ".join(sorted(known)) or "none at all"
+                raise BenchError(f"{option} {name}: no preset names it; expected some of {there}")
 
     def _scenes(self, path: Path, named: tuple[str, ...]) -> list[tuple[str, str | None]]:
         """Names of scenes, and where their captures are."""

@@ -445,6 +445,13 @@ def test_scenes_are_chosen_by_their_last_name_too(presets, tmp_path):
     assert [(experiment.scene, experiment.data) for experiment in plan] == [("sample", None)] * 4
 
 
+def test_variants_are_chosen_by_name(presets, tmp_path):
+    plan = Bench(presets, data_root=tmp_path / "scenes", variants=("v",), device="cpu").plan()
+    assert [(e.preset.name, e.scene, e.variant) for e in plan] == [
+        ("one", scene, "v") for scene in ("set/a", "set/a", "sample", "sample")
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -454,6 +461,18 @@ def test_scenes_are_chosen_by_their_last_name_too(presets, tmp_path):
         (["two.toml", "--data", "none"], "--data none: not there"),
         (["two.toml", "--data", ".", "--data-root", "."], "give one"),
         (["two.toml", "--data-root", "scenes", "--scenes", "c"], "--scenes c: no preset names"),
+        (
+            ["two.toml", "--data-root", "scenes", "--scenes", "b", "c"],
+            "--scenes c: no preset names it; expected some of b",
+        ),
+        (
+            ["one.toml", "--data", ".", "--variants", "v", "w"],
+            "--variants w: no preset names it; expected some of u, v",
+        ),
+        (
+            ["one.toml", "two.toml", "--data-root", "scenes", "--scenes", "b", "--variants", "u"],
+            "no preset has some of both",
+        ),
         (["gone.toml", "--data", "."], "gone.toml: cannot be read"),
         (["two.toml", "--data", ".", "--jobs", "0"], "--jobs 0: expected 1 or more"),
         (["two.toml", "--data", ".", "--retries", "-1"], "--retries -1: expected 0 or more"),
