@@ -51,6 +51,7 @@ class FieldConfig:
     wavelet: str = "bior4.4"
     num_levels: int = 4
     level_scaling: bool = True
+    texel_units: bool = False
     bits: int | None = 8
     masks: bool = True
 
@@ -82,6 +83,7 @@ class WaveletPlaneField(nn.Module):
             wavelet=config.wavelet,
             num_levels=config.num_levels,
             level_scaling=config.level_scaling,
+            texel_units=config.texel_units,
         )
 
         def grid(num_components: int) -> FactorisedGrid | VoxelGrid:

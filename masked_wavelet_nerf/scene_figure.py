@@ -117,12 +117,14 @@ def figure_of(scene: codec.Scene, description: codec.Description) -> Figure:
         description: of the same file.
     """
     columns = _by_part(drawable(scene)[:_MOST_PLANES])
+    shown = {plane.name for planes in columns.values() for plane in planes}
+    whole = _by_part(
+        grid for grid in scene.grids if any(plane.name in shown for plane in _planes_of(grid))
+    )
     # Four columns at least, so that pictures of a single part do not fill the width.
     panel = _WIDTH / max(4, 2 * len(columns))
     shapes = [_row_shape(row) for row in itertools.zip_longest(*columns.values())]
-    most_rows = max(
-        (sum(len(grid.bands) for grid in grids) for grids in columns.values()), default=0
-    )
+    most_rows = max((sum(len(grid.bands) for grid in grids) for grids in whole.values()), default=0)
     heights = [sum(panel * shape + 0.35 for shape in shapes) + 0.7] if columns else []
     heights += [0.9 + 0.16 * most_rows] if columns else []
     heights += [3.6, 1.75]
@@ -136,7 +138,7 @@ def figure_of(scene: codec.Scene, description: codec.Description) -> Figure:
     if pictures:
         planes, channels = pictures
         _draw_planes(planes, columns, shapes)
-        _draw_channels(channels, columns)
+        _draw_channels(channels, whole)
     _draw_charts(charts, bars_of(scene, description))
     _draw_size(size, description)
     return figure
@@ -162,10 +164,12 @@ def drawable(scene: codec.Scene) -> list[codec.Grid]:
 
     Of voxels three projections, see :func:`projections`.
     """
-    planes = []
-    for grid in scene.grids:
-        planes += projections(grid) if len(grid.size) == 3 else [grid]
-    return [grid for grid in planes if len(grid.size) == 2 and _is_nested(grid)]
+    planes = itertools.chain(*map(_planes_of, scene.grids))
+    return [plane for plane in planes if len(plane.size) == 2 and _is_nested(plane)]
+
+
+def _planes_of(grid: codec.Grid) -> list[codec.Grid]:
+    return projections(grid) if len(grid.size) == 3 else [grid]
 
 
 def projections(grid: codec.Grid) -> list[codec.Grid]:
@@ -288,8 +292,11 @@ def _draw_planes(
         axes.set_axis_off()
     for number, (part, grids) in enumerate(columns.items()):
         left, right = cells[:, 2 * number], cells[:, 2 * number + 1]
-        num_channels = grids[0].bands[0].values.shape[0]
-        of_channels = f"{num_channels} channel{'s' * (num_channels > 1)}"
+        # Those of projections are different in number at every level.
+        num_channels = {band.values.shape[0] for band in grids[0].bands}
+        of_channels = f"{max(num_channels)} channel{'s' * (num_channels != {1})}"
+        if len(num_channels) > 1:
+            of_channels = "all along the third axis"
         images = [mosaic(magnitudes(grid)) for grid in grids]
         norm = LogNorm(*log_range(images))
         for axes, grid, image in zip(left, grids, images, strict=False):
@@ -314,7 +321,7 @@ def _draw_planes(
 
 
 def _draw_channels(figure: SubFigure, columns: dict[str, list[codec.Grid]]) -> None:
-    """For each part, a row for each level of each plane, and a column for each channel."""
+    """For each part, a row for each level of each grid, and a column for each channel."""
     cells = figure.subplots(1, len(columns), squeeze=False)[0]
     for axes, (part, grids) in zip(cells, columns.items(), strict=True):
         kept = [kept_by_channel(grid) for grid in grids]
@@ -389,6 +396,7 @@ def title_of(grid: codec.Grid) -> str:
     """``density XY`` of ``density_planes.0``; other names as they are."""
     names = {f"{part_of(grid)}_planes.{i}": plane for i, plane in enumerate(_PLANES)}
     names |= {f"{part_of(grid)}_voxels.0 {plane}": plane for plane in _PLANES}
+    names[f"{part_of(grid)}_voxels.0"] = "voxels"
     title = f"{part_of(grid)} {names[grid.name]}" if grid.name in names else grid.name
     return _plain(title)
 

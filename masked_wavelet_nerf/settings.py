@@ -27,6 +27,10 @@ class SceneSettings:
     """Levels of the wavelet transform, 0 to 6."""
     level_scaling: bool = True
     """Store finer levels magnified, so that they are learnt more slowly."""
+    texel_units: bool = False
+    """Store coefficients so that they count as much as texels at any level (voxels always do).
+    Else, as in the paper, coarse levels are many times as large, and as slow to learn. Wants half
+    of the learning rate that is best without."""
     bits: int | None = 8
     """Width of the quantiser in training and in the file, 2 to 16; None trains without one."""
     masks: bool = True
@@ -91,6 +95,7 @@ class SceneSettings:
             wavelet=self.wavelet,
             num_levels=self.levels,
             level_scaling=self.level_scaling,
+            texel_units=self.texel_units,
             bits=self.bits,
             masks=self.masks,
         )

@@ -5,10 +5,9 @@ seven details in the order aad, ada, add, daa, dad, dda, ddd: a letter for each 
 the band is fine along that axis (the keys of ``pywt.wavedecn``). Wavelets use periodization,
 padding and level scaling as planes do.
 
-What is stored is the orthonormal transform divided by 2^(3/2) at each level, so that a coefficient
-counts as much as a voxel's value whatever its level. Else the approximation of four levels would be
-64 times as large as the voxels that it stands for, and as many times slower to learn: every step of
-Adam is as long as every other.
+What is stored is always in the units of voxels (texel units, see ``wavelet``): the orthonormal
+transform divided by 2^(3/2) at each level. The approximation of four levels would be 64 times as
+large otherwise.
 
 Letters: C channels, D, H, W size of a volume, d, h, w of a band, n samples along an axis.
 """

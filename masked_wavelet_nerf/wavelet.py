@@ -8,6 +8,10 @@ by repeating the last texel, and cropped after the inverse.
 Level scaling: stored details are the true ones times 2 at the coarsest level … L + 1 at the finest,
 so that finer ones are learnt more slowly; the approximation's factor is 1.
 
+Texel units: all bands of a level are divided by 2, so that a coefficient counts as much as a texel
+at any level. Else the approximation of L levels is 2^L as large as the plane, and as slow to learn:
+every step of Adam is as long as every other.
+
 One level, per axis, is a pair of matrices (low, high): n × n/2 to merge two half-size bands into n
 samples, n/2 × n to split them. With R for the rows, K for the columns and s for the level's factor,
 
@@ -28,6 +32,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -168,6 +173,7 @@ class WaveletTransform(PlaneTransform):
     """Name of a discrete PyWavelets wavelet."""
     num_levels: int = 4
     level_scaling: bool = True
+    texel_units: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.num_levels <= MAX_LEVELS:
@@ -196,7 +202,7 @@ class WaveletTransform(PlaneTransform):
         return synthesis.taps, adjoint.taps
 
     def forward(self, plane: Float[Tensor, "C H W"]) -> Bands:
-        """Analysis, as ``pywt.wavedec2(mode='periodization')`` but for level scaling."""
+        """Analysis, as ``pywt.wavedec2(mode='periodization')`` but for scaling and units."""
         size = self._check_plane(plane)
         if self.num_levels == 0:
             return Bands(plane, ())
@@ -205,7 +211,7 @@ class WaveletTransform(PlaneTransform):
         return Bands(approximation, tuple(details))
 
     def inverse(self, bands: Bands, size: Size) -> Float[Tensor, "C H W"]:
-        """Synthesis, as ``pywt.waverec2(mode='periodization')`` but for level scaling."""
+        """Synthesis, as ``pywt.waverec2(mode='periodization')`` but for scaling and units."""
         self._check_bands(bands, size)
         x = bands.approximation
         if self.num_levels == 0:
@@ -220,6 +226,7 @@ def make_transform(
     wavelet: str = "bior4.4",
     num_levels: int = 4,
     level_scaling: bool = True,
+    texel_units: bool = False,
 ) -> PlaneTransform:
     """The transform of that name; the other arguments matter to ``wavelet`` only.
 
@@ -231,7 +238,7 @@ def make_transform(
     if name == "dct":
         return DCTTransform()
     if name == "wavelet":
-        return WaveletTransform(wavelet, num_levels, level_scaling)
+        return WaveletTransform(wavelet, num_levels, level_scaling, texel_units)
     raise ValueError(f"transform: expected 'wavelet', 'dct' or 'identity', got {name!r}")
 
 
@@ -384,16 +391,18 @@ def _levels(
     """The levels of one direction for planes of ``size``, and those of its adjoint."""
     levels: list[_Level] = []
     adjoint: list[_Level] = []
+    unit = 1.0
+    if transform.texel_units:  # half of a level's 2 along each axis
+        unit = math.sqrt(2) if direction == "synthesis" else 1 / math.sqrt(2)
     for level, half_size in enumerate(transform.band_sizes(size)[1:], start=1):
         is_finest = level == transform.num_levels
         scale = float(level + 1) if transform.level_scaling else 1.0
         factor = 1 / scale if direction == "synthesis" else scale
-        axes = [
-            axis_matrices(
-                transform.wavelet, direction, 2 * half, samples if is_finest else 2 * half
-            )
-            for half, samples in zip(half_size, size, strict=True)
-        ]
+        axes = []
+        for half, length in zip(half_size, size, strict=True):
+            samples = length if is_finest else 2 * half
+            low, high = axis_matrices(transform.wavelet, direction, 2 * half, samples)
+            axes.append((unit * low, unit * high))
         for side, pairs in ((levels, axes), (adjoint, [(low.T, high.T) for low, high in axes])):
             rows, columns = (
                 (_Matrix(low, dtype, device), _Matrix(high, dtype, device)) for low, high in pairs

@@ -99,17 +99,18 @@ def colour_by_hand(field: WaveletPlaneField, points, directions) -> np.ndarray:
     return 1 / (1 + np.exp(-x))
 
 
-SETTINGS = [
-    {"density_shift": -1.0},
-    {"planes": "triplane", "reduce": "product", "density_shift": 0.5},
-    {"planes": "triplane", "reduce": "sum", "transform": "dct"},
-    {"planes": "voxels", "density_shift": 0.5},
-    {"planes": "voxels", "transform": "identity"},
-    {"transform": "identity", "bits": None, "masks": False, "num_frequencies": 0},
-]
+SETTINGS = {
+    "vm": {"density_shift": -1.0},
+    "texel units": {"texel_units": True, "density_shift": 0.5},
+    "product": {"planes": "triplane", "reduce": "product", "density_shift": 0.5},
+    "sum": {"planes": "triplane", "reduce": "sum", "transform": "dct"},
+    "voxels": {"planes": "voxels", "density_shift": 0.5},
+    "spatial voxels": {"planes": "voxels", "transform": "identity"},
+    "spatial": {"transform": "identity", "bits": None, "masks": False, "num_frequencies": 0},
+}
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=["vm", "product", "sum", "spatial"])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_density_and_colour_equal_a_plain_implementation(settings):
     field = make(**settings)
     points, directions = some_points()

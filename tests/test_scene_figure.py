@@ -56,6 +56,10 @@ GRIDS = {
     "levels 0": lambda: grids_of(levels=0),
     "other names": lambda: (make_plane("$a", (9, 30), 2, 1), make_plane("b$_x.7", (30, 9), 1, 3)),
     "of like magnitudes": lambda: (alike(), make_plane("appearance_planes.0", (6, 8), 1, 0)),
+    "voxels": lambda: (
+        make_plane("density_voxels.0", (9, 8, 13), 1, 2),
+        make_plane("appearance_voxels.0", (9, 8, 13), 4, 2),
+    ),
     "lines alone": lambda: grids_of()[3:6],
     "nothing": lambda: (),
     "nothing kept": lambda: (
@@ -388,6 +392,7 @@ def test_what_is_drawn_is_what_the_scene_holds():
         ("planes and lines", "paper"),
         ("other names", "range"),
         ("of like magnitudes", "range"),
+        ("voxels", "range"),
         ("nothing", "range"),
     ],
 )

@@ -130,6 +130,20 @@ def test_stored_details_are_true_ones_times_2_to_levels_plus_1(num_levels):
         torch.testing.assert_close(a, factor * b, rtol=1e-14, atol=1e-14)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_texel_units_divide_by_2_at_each_level(dtype):
+    size = (48, 32)
+    plane = random_plane(2, *size, dtype=dtype)
+    expected = flat(WaveletTransform("bior4.4", 3).forward(plane))
+    stored = WaveletTransform("bior4.4", 3, texel_units=True)
+    found = stored.forward(plane)
+    for divisor, a, b in zip((8, 8, 4, 2), flat(found), expected, strict=True):
+        torch.testing.assert_close(divisor * a, b, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(stored.inverse(found, size), plane, rtol=0, atol=1e-5)
+    even = stored.forward(torch.full((1, *size), 3.0, dtype=dtype))
+    torch.testing.assert_close(even.approximation, torch.full_like(even.approximation, 3.0))
+
+
 def test_level_factor_scales_the_gradient_of_the_inverse():
     size = (32, 32)
     plane = random_plane(1, *size, dtype=torch.float64)
