@@ -93,6 +93,11 @@ class MaskedWaveletModelConfig(SceneSettings, ModelConfig):
     distortion_weight: float = 0.01
     """Unbounded scenes: weight of the distortion loss, which draws a ray's samples together and
     clears fog (mip-NeRF 360)."""
+    ssim_weight: float = 0.0
+    """Weight of 1 - SSIM, which looks at neighbouring pixels together, beside the squared error;
+    0 for none. Needs patches (``--pipeline.datamanager.patch-size``, at least 11). Where the
+    squared error ends at some 1e-3 and 1 - SSIM at 0.05, 0.02 makes them weigh the same; a larger
+    weight also makes files larger at the same λ."""
     tv_weight_density: float = 0.0
     """Weight of the total variation of the density planes, taken in the spatial domain."""
     tv_weight_appearance: float = 0.0

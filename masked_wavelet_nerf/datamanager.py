@@ -30,7 +30,7 @@ from torch import Tensor
 
 from masked_wavelet_nerf.captures import Fault, find_faults, mend, parse, select_views
 from masked_wavelet_nerf.dataparsers.captures import CaptureError, MissingCaptureError
-from masked_wavelet_nerf.errors import FatalError
+from masked_wavelet_nerf.errors import FatalError, UserError
 from masked_wavelet_nerf.photos import PhotoDataset
 from masked_wavelet_nerf.pixel_sampler import PooledPixelSampler, PooledPixelSamplerConfig
 from masked_wavelet_nerf.stored_capture import CamerasOnlyDataset, read_stored_capture
@@ -67,6 +67,10 @@ class WaveletDataManagerConfig(VanillaDataManagerConfig):
     """Target class to instantiate."""
     pixel_sampler: PixelSamplerConfig = field(default_factory=PooledPixelSamplerConfig)
     """Specifies the pixel sampler used to sample pixels from images."""
+    patch_size: int = 1
+    """Side, in pixels, of the square patches that training draws in place of single pixels, for
+    losses that compare neighbours. Rays per batch are rounded down to whole patches. They want to
+    be many times as many: pixels of a patch are much alike, so a step learns from fewer places."""
     scene: Path | None = None
     """A .mwnf file: cameras are brought into its coordinates. Where ``data`` is that file, too, its
     own cameras take the place of a capture's."""
@@ -97,6 +101,7 @@ class WaveletDataManager(VanillaDataManager[PhotoDataset]):
         MissingCaptureError: if the capture, its photos or a file of its poses are not there.
         CaptureError: if it cannot be read, or nothing in it can be trained on.
         CodecError: if ``scene`` is not a file of ours.
+        UserError: if ``patch_size`` does not suit photos, masks or rays per batch.
     """
 
     config: WaveletDataManagerConfig
@@ -187,6 +192,14 @@ class WaveletDataManager(VanillaDataManager[PhotoDataset]):
             return
         random.seed(self._seed)  # whatever reading the capture drew
         super().setup_train()
+        if self.config.patch_size > 1:
+            sampler, images = self.train_pixel_sampler, next(self.iter_train_image_dataloader)
+            if not isinstance(sampler, PooledPixelSampler) or not isinstance(images, dict):
+                raise UserError(
+                    f"patch-size: pixel-sampler is {type(sampler).__name__}, which draws no such "
+                    f"patches; expected {PooledPixelSampler.__name__}, which is the default"
+                )
+            sampler.draw_patches(self.config.patch_size, images)
 
     def setup_eval(self) -> None:
         """Sets up evaluation, whose photos may have several sizes though training's have one."""
@@ -242,7 +255,7 @@ class WaveletDataManager(VanillaDataManager[PhotoDataset]):
     def restrict_pixels(
         self, is_useful: Callable[[RayBundle], Bool[Tensor, "*batch"]]
     ) -> float | None:
-        """Trains from now on only on pixels whose rays are useful.
+        """Trains from now on only on pixels whose rays are useful, or on patches around such.
 
         Args:
             is_useful: for a bundle of an image's rays (H, W), which of them can see anything.
@@ -266,8 +279,9 @@ class WaveletDataManager(VanillaDataManager[PhotoDataset]):
                 for index in batch["image_idx"]
             ]
         )
-        if "mask" in batch:
-            useful &= batch["mask"][..., 0].to(useful.device).bool()
+        usable = sampler.usable(batch)
+        if usable is not None:
+            useful &= usable.to(useful.device)
         pool = useful.flatten().nonzero()[:, 0]
         sampler.pool = pool if len(pool) else None
         self._prepared.clear()

@@ -46,7 +46,7 @@ from masked_wavelet_nerf.errors import UserError
 from masked_wavelet_nerf.field import SpatialField, WaveletPlaneField
 from masked_wavelet_nerf.loading import stored_settings
 from masked_wavelet_nerf.masking import largest_integer
-from masked_wavelet_nerf.metrics import ImageMetrics
+from masked_wavelet_nerf.metrics import SSIM_WINDOW, ImageMetrics, patch_ssim
 from masked_wavelet_nerf.photo_appearance import PhotoAppearance
 from masked_wavelet_nerf.rate import mask_penalty, suited_integers
 from masked_wavelet_nerf.rate_control import RateControl
@@ -122,6 +122,7 @@ class MaskedWaveletModel(Model):
         self.occupancy = OccupancyGrid()
         self.renderer_rgb = RGBRenderer(background_color=config.background_color)
         self.image_metrics = ImageMetrics()
+        self._patch_size = 1
         self._spatial: SpatialField | None = None
         self._proposal_of_spatial: unbounded.Proposal | None = None
         self._kept_of_spatial: surface.KeptMaps | None = None
@@ -376,12 +377,15 @@ class MaskedWaveletModel(Model):
         return true, rendered
 
     def get_loss_dict(self, outputs, batch, metrics_dict=None) -> dict[str, Tensor]:
-        """Mean squared error, mask penalty and regularisers, each times its weight."""
+        """Mean squared error, 1 - SSIM, mask penalty and regularisers, each times its weight."""
         config = self.config
         true, rendered = self._true_and_rendered(outputs, batch)
         losses = {"rgb_loss": F.mse_loss(rendered, true)}
         if not self.training:
             return losses
+        if config.ssim_weight > 0:
+            ssim = patch_ssim(rendered, true, self._patch_size)
+            losses["ssim_loss"] = config.ssim_weight * (1 - ssim)
         spatial = self._spatial_of_step
         if config.masks and config.mask_weight > 0:
             penalty = spatial.logit_sum if config.mask_penalty != "mean" else None
@@ -520,6 +524,7 @@ class MaskedWaveletModel(Model):
         else:
             accelerators.try_out(self.field.colour_network, self.device)
             CONSOLE.log(accelerators.status())
+        self._find_patches(attributes)
         self._find_region(attributes)
         self._restrict_pixels(attributes)  # a resumed run goes on with the pixels it had
         config = self.config
@@ -538,6 +543,18 @@ class MaskedWaveletModel(Model):
             ),
             *self._steering(attributes),
         ]
+
+    def _find_patches(self, attributes: TrainingCallbackAttributes) -> None:
+        if self.config.ssim_weight <= 0:
+            return
+        manager = attributes.pipeline.datamanager  # pyright: ignore[reportOptionalMemberAccess]
+        assert isinstance(manager, VanillaDataManager)
+        self._patch_size = manager.config.patch_size
+        if self._patch_size < SSIM_WINDOW:
+            raise UserError(
+                f"ssim-weight needs patches as large as SSIM's window, {SSIM_WINDOW} pixels, or "
+                f"larger, not of {self._patch_size}: set --pipeline.datamanager.patch-size"
+            )
 
     def _find_region(self, attributes: TrainingCallbackAttributes) -> None:
         """At the start of a training, where an unbounded scene is looked at."""
