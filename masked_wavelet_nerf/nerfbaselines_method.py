@@ -32,6 +32,7 @@ from jaxtyping import Float
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.engine.callbacks import TrainingCallbackLocation
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
+from nerfstudio.utils import writer
 from torch import Tensor
 
 import masked_wavelet_codec as codec
@@ -133,8 +134,14 @@ class NerfbaselinesMethod:
         random.seed(config.machine.seed)
         np.random.seed(config.machine.seed)
         torch.manual_seed(config.machine.seed)
-        trainer = config.setup()
+        trainer, known = config.setup(), list(writer.EVENT_WRITERS)
         trainer.setup("test")
+        # The harness keeps the log. nerfstudio's writers last as long as the process, but the folder
+        # of this one only as long as this object.
+        for events in set(writer.EVENT_WRITERS) - set(known):
+            if isinstance(events, writer.TensorboardWriter):
+                events.tb_writer.close()
+            writer.EVENT_WRITERS.remove(events)
         return trainer
 
     @classmethod

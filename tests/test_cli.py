@@ -407,7 +407,8 @@ def test_committed_presets_are_understood_by_ns_train():
         config = tyro.cli(as_ns_train, default=method, args=arguments[1:])
         model = config.pipeline.model
         assert str(config.data) == "capture"
-        assert config.optimizers["grids"]["scheduler"].restarts == model.upsample_steps
+        # None at all where a variant tries just that.
+        assert config.optimizers["grids"]["scheduler"].restarts in (model.upsample_steps, ())
         assert config.optimizers["grids"]["scheduler"].max_steps == config.max_num_iterations
 
 

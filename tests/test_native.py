@@ -112,7 +112,7 @@ def test_texels_are_met_exactly(summed):
     i, j, k = (
         t.flatten() for t in torch.meshgrid(*(torch.arange(n) for n in (5, 3, 9)), indexing="ij")
     )
-    (xy, xz, yz), (z, y, x) = spatial
+    (xy, xz, yz), (z, y, x) = spatial.planes, spatial.lines
     parts = [xy[:, j, i] * z[:, k], xz[:, k, i] * y[:, j], yz[:, k, j] * x[:, i]]
     expected = torch.cat(parts).T
     grid = grid_for(spatial)
@@ -202,7 +202,7 @@ def test_kernels_stay_within_their_arrays(resolution, num_channels):
     good = ~is_nan(wild_points()).numpy()
     spatial = factors(num_channels, resolution)
     n, width = len(points), num_channels + 2
-    for plane, line, axes in zip(*spatial, _NATIVE_AXES, strict=True):
+    for plane, line, axes in zip(spatial.planes, spatial.lines, _NATIVE_AXES, strict=True):
         plane_in, _ = guarded(plane.movedim(0, -1).contiguous().numpy(), np.nan)
         line_in, _ = guarded(line.T.contiguous().numpy(), np.nan)
         shape = (plane.shape[1], plane.shape[2], line.shape[1], num_channels)

@@ -24,6 +24,7 @@ import pytest
 import torch
 from nerfstudio.cameras.cameras import Cameras as NerfstudioCameras
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
+from nerfstudio.utils import writer
 from PIL import Image
 
 from masked_wavelet_nerf.datasets.sample import write_sample_capture
@@ -272,7 +273,9 @@ def test_unbounded_scenes_are_rendered_in_their_own_coordinates(dataset, tmp_pat
 
 
 def test_saved_before_its_first_step_it_can_be_loaded_and_trained(dataset, tmp_path):
+    known = list(writer.EVENT_WRITERS)
     NerfbaselinesMethod(train_dataset=dataset, config_overrides=SETTINGS).save(str(tmp_path))
+    assert known == writer.EVENT_WRITERS  # else later trainings write into a folder that is gone
     assert not (tmp_path / "nerfstudio_models").exists()
     resumed = NerfbaselinesMethod(checkpoint=str(tmp_path), train_dataset=dataset)
     assert resumed.get_info()["loaded_step"] == 0
