@@ -136,8 +136,8 @@ class NerfbaselinesMethod:
         torch.manual_seed(config.machine.seed)
         trainer, known = config.setup(), list(writer.EVENT_WRITERS)
         trainer.setup("test")
-        # The harness keeps the log. nerfstudio's writers last as long as the process, but the folder
-        # of this one only as long as this object.
+        # The harness keeps the log. nerfstudio's writers last as long as the process, but the
+        # folder of this one only as long as this object.
         for events in set(writer.EVENT_WRITERS) - set(known):
             if isinstance(events, writer.TensorboardWriter):
                 events.tb_writer.close()
