@@ -88,9 +88,13 @@ class WaveletPlaneField(nn.Module):
 
         def grid(num_components: int) -> FactorisedGrid | VoxelGrid:
             if config.planes == "voxels":
-                lifted = VolumeTransform(transform)
-                kinds = {"bits": config.bits, "masked": config.masks}
-                return VoxelGrid(num_components, resolution, lifted, **kinds)
+                return VoxelGrid(
+                    num_components,
+                    resolution,
+                    VolumeTransform(transform),
+                    bits=config.bits,
+                    masked=config.masks,
+                )
             return FactorisedGrid(
                 num_components,
                 resolution,

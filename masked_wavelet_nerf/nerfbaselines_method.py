@@ -43,14 +43,12 @@ from masked_wavelet_nerf.export import export_run
 from masked_wavelet_nerf.loading import Camera, LoadedScene
 from masked_wavelet_nerf.model import MaskedWaveletModel
 from masked_wavelet_nerf.nerfbaselines_capture import to_opengl, write_capture
-from masked_wavelet_nerf.peers import our_config
+from masked_wavelet_nerf.peers import leave_to_caller, our_config
 from masked_wavelet_nerf.presets import Preset
 from masked_wavelet_nerf.runs import Run
 from masked_wavelet_nerf.stored_capture import StoredCapture
 
 _SCENE, _SETTINGS, _MODELS = "scene.mwnf", "settings.json", "nerfstudio_models"
-_NEVER = 10**9
-"""A step that no training reaches."""
 _HALF_BOX = 1.5
 """Of bounded scenes, world units: that of nerfstudio's parser of Blender scenes."""
 _BACKGROUNDS = {(255, 255, 255): "white", (0, 0, 0): "black"}
@@ -308,11 +306,7 @@ def _make_config(flags: Mapping[str, Any], folder: Path) -> TrainerConfig:
         parser.orientation_method = parser.center_method = "none"
         parser.auto_scale_poses, parser.scene_scale = False, _HALF_BOX
     config.output_dir, config.experiment_name, config.timestamp = folder / "runs", ".", "."
-    config.vis = "tensorboard"  # the one that needs neither a network nor a person
-    config.logging.local_writer.enable = False
-    config.logging.profiler = "none"
-    config.steps_per_eval_batch = config.steps_per_eval_image = _NEVER
-    config.steps_per_eval_all_images = config.steps_per_save = _NEVER
+    leave_to_caller(config)
     return config
 
 

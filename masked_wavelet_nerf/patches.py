@@ -45,9 +45,8 @@ def are_whole(counts: Bool[Tensor, "N H W"], side: int) -> Bool[Tensor, "N H W"]
         for length in counts.shape[1:]
     )
     found = torch.empty_like(counts)
-    for photo, whole in zip(
-        counts, found, strict=True
-    ):  # one by one: floats take four times as much
+    # One by one: floats take four times as much.
+    for photo, whole in zip(counts, found, strict=True):
         lacks = (~photo)[None].float()
         lacks = F.max_pool2d(F.max_pool2d(lacks, (side, 1), stride=1), (1, side), stride=1)
         whole.copy_(lacks[0, rows][:, columns] == 0)

@@ -343,17 +343,22 @@ def method_config(method: str, ours: TrainerConfig) -> TrainerConfig:
     return _PEERS[method](ours) if method in _PEERS else _peer_config(method, ours)
 
 
+def leave_to_caller(config: TrainerConfig) -> None:
+    """No logs, viewer, evaluations or checkpoints of nerfstudio's own: whoever steps has others."""
+    config.vis = "tensorboard"  # the one that needs neither a network nor a person
+    config.logging.local_writer.enable = False
+    config.logging.profiler = "none"
+    config.steps_per_eval_batch = config.steps_per_eval_image = _NEVER
+    config.steps_per_eval_all_images = config.steps_per_save = _NEVER
+
+
 def _in_this_run(config: TrainerConfig, job: Job) -> TrainerConfig:
     config.output_dir, config.experiment_name = Path(job.output_dir).absolute(), "."
     config.timestamp = "trained"
     config.machine.seed = job.seed
     config.machine.device_type = job.device  # pyright: ignore[reportAttributeAccessIssue]
     config.mixed_precision = False
-    config.vis = "tensorboard"  # the one that needs neither a network nor a person
-    config.logging.local_writer.enable = False
-    config.logging.profiler = "none"
-    config.steps_per_eval_batch = config.steps_per_eval_image = _NEVER
-    config.steps_per_eval_all_images = config.steps_per_save = _NEVER
+    leave_to_caller(config)
     return config
 
 

@@ -77,7 +77,7 @@ class VolumeTransform:
             bands = bands.view(-1, *itertools.chain(*((2, n) for n in half)))
             bands = bands.permute(0, 1, 3, 5, 2, 4, 6).reshape(-1, 8, *half)
             volume = bands[:, 0]
-            details.append(self._scale(level) * bands[:, 1:])
+            details.append(self.of_planes.level_scale(level) * bands[:, 1:])
         return [volume[:, None], *reversed(details)]
 
     def from_levels(
@@ -93,17 +93,15 @@ class VolumeTransform:
         if isinstance(self.of_planes, DCTTransform):
             matrices = [dct_matrix(n, volume.dtype, volume.device).T for n in size]
             return _along_axes(matrices, volume)
+        if not isinstance(self.of_planes, WaveletTransform):
+            return volume
         for level, details in enumerate(levels[1:], start=1):
             half = details.shape[2:]
-            bands = torch.cat((volume[:, None], details / self._scale(level)), dim=1)
+            bands = torch.cat((volume[:, None], details / self.of_planes.level_scale(level)), dim=1)
             bands = bands.view(-1, 2, 2, 2, *half).permute(0, 1, 4, 2, 5, 3, 6)
             bands = bands.reshape(-1, *(2 * n for n in half))
             volume = _along_axes(self._matrices("synthesis", level, size, volume), bands)
         return volume
-
-    def _scale(self, level: int) -> float:
-        assert isinstance(self.of_planes, WaveletTransform)
-        return float(level + 1) if self.of_planes.level_scaling else 1.0
 
     def _matrices(self, direction: str, level: int, size: VolumeSize, like: Tensor) -> list[Tensor]:
         """For each axis, low and high bands one after the other to samples, or the other way."""

@@ -192,6 +192,10 @@ class WaveletTransform(PlaneTransform):
         shifts = [self.num_levels, *range(self.num_levels, 0, -1)]
         return tuple((height >> shift, width >> shift) for shift in shifts)
 
+    def level_scale(self, level: int) -> float:
+        """What stored details of a level, 1 the coarsest, are multiplied by."""
+        return float(level + 1) if self.level_scaling else 1.0
+
     def taps(self, size: tuple[int, ...]) -> tuple[native.Levels, native.Levels]:
         """Synthesis and its adjoint."""
         if self.num_levels == 0:
@@ -396,7 +400,7 @@ def _levels(
         unit = math.sqrt(2) if direction == "synthesis" else 1 / math.sqrt(2)
     for level, half_size in enumerate(transform.band_sizes(size)[1:], start=1):
         is_finest = level == transform.num_levels
-        scale = float(level + 1) if transform.level_scaling else 1.0
+        scale = transform.level_scale(level)
         factor = 1 / scale if direction == "synthesis" else scale
         axes = []
         for half, length in zip(half_size, size, strict=True):
