@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -79,8 +79,44 @@ _PER_PHOTO = ("camera_optimizer.", "photo_appearance.embeddings")
 """State that has a row for each training photo."""
 
 
+class _Levels(NamedTuple):
+    """To which level coefficients belong that are counted by grid and level."""
+
+    of_count: Int[Tensor, " _"]
+    """Level of each count. Lines have no levels: they come last, as one, if planes have any."""
+    totals: Float[Tensor, " _"]
+    """Coefficients of each level."""
+    present: list[int]
+    """Levels, but for that of lines, that have any."""
+
+    @classmethod
+    def of(cls, counts: list[list[int]], num_levels: int, device: torch.device) -> _Levels:
+        of_count, totals = [], [0] * (num_levels + 2)
+        for of_grid in counts:
+            for level, total in enumerate(of_grid):
+                has_levels = len(of_grid) > 1 or num_levels == 0
+                of_count.append(level if has_levels else num_levels + 1)
+                totals[of_count[-1]] += total
+        present = [level for level in range(num_levels + 1) if totals[level]]
+        return cls(
+            torch.tensor(of_count).to(device),
+            torch.tensor(totals, dtype=torch.float32).to(device),
+            present,
+        )
+
+
 class CheckpointMismatchError(UserError):
     """A checkpoint does not hold what the configured model needs."""
+
+
+class _BoxCollider(AABBBoxCollider):
+    """nerfstudio's, in a third of its operations."""
+
+    def _intersect_with_aabb(self, rays_o, rays_d, aabb):
+        nears, fars = rendering.limits_in_box(rays_o, rays_d, aabb)
+        if self.training:
+            nears = nears.clamp(min=self.near_plane)
+        return nears[:, 0], torch.maximum(fars, nears)[:, 0]
 
 
 class MaskedWaveletModel(Model):
@@ -126,6 +162,7 @@ class MaskedWaveletModel(Model):
         self._spatial: SpatialField | None = None
         self._proposal_of_spatial: unbounded.Proposal | None = None
         self._kept_of_spatial: surface.KeptMaps | None = None
+        self._levels: tuple[list[list[int]], _Levels] | None = None
         self._has_distortion = config.contract and config.distortion_weight > 0
         self.rate = RateControl(
             self.field, self.occupancy, self.num_train_data, config.target_bytes
@@ -161,6 +198,8 @@ class MaskedWaveletModel(Model):
         """Switches mode; training changes the coefficients, so the spatial planes are dropped."""
         if mode:
             self._forget_spatial()
+            if self.training:  # nerfstudio asks before every step, and there are sixty modules
+                return self
         return super().train(mode)
 
     def _apply(self, fn, recurse: bool = True) -> MaskedWaveletModel:
@@ -245,7 +284,7 @@ class MaskedWaveletModel(Model):
             self.collider = NearFarCollider(config.near_plane, config.far_plane)
             return
         box = SceneBox(aabb=self.aabb)
-        self.collider = AABBBoxCollider(box, near_plane=config.near_plane)
+        self.collider = _BoxCollider(box, near_plane=config.near_plane)
         resolution = self.field.resolution
         self._step_size, self._num_steps = self.space.steps(resolution, config.step_ratio)
 
@@ -467,21 +506,13 @@ class MaskedWaveletModel(Model):
         return metrics
 
     def _kept_by_level(self, kept: Int[Tensor, " _"]) -> dict[str, Tensor]:
-        num_levels = self.config.levels + 1
-        level_of, totals = [], [0] * (num_levels + 1)
-        for grid_totals in self.field.num_coefficients():
-            for level, total in enumerate(grid_totals):
-                # Lines have no levels, and are counted beside them.
-                has_levels = len(grid_totals) > 1 or num_levels == 1
-                level_of.append(level if has_levels else num_levels)
-                totals[level_of[-1]] += total
-        where = torch.tensor(level_of).to(kept.device, non_blocking=True)
-        by_level = kept.new_zeros(num_levels + 1).index_add(0, where, kept)
-        return {
-            f"kept_level_{level}": by_level[level] / totals[level]
-            for level in range(num_levels)
-            if totals[level]
-        }
+        counts = self.field.num_coefficients()
+        if self._levels is None or self._levels[0] is not counts:
+            self._levels = counts, _Levels.of(counts, self.config.levels, kept.device)
+        levels = self._levels[1]
+        by_level = torch.zeros_like(levels.totals).index_add(0, levels.of_count, kept.float())
+        shares = (by_level / levels.totals).unbind()
+        return {f"kept_level_{level}": shares[level] for level in levels.present}
 
     def get_image_metrics_and_images(self, outputs, batch):
         """PSNR, SSIM, LPIPS of a whole image, and pictures for the logs."""
