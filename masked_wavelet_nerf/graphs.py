@@ -12,8 +12,8 @@ in the environment turns them off.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from masked_wavelet_nerf import accelerators, native
 
 _NAME = "CUDA graphs"
-_T = TypeVar("_T")
 
 
 def serve(parameters: Sequence[nn.Parameter]) -> bool:
@@ -69,24 +68,6 @@ class Recording:
             gc.collect()
             self._replay = _record(compute, tuple(parameters))
         return (self._replay or compute)(*parameters)
-
-
-def side_by_side(computations: Iterable[Callable[[], _T]]) -> list[_T]:
-    """What they return; in a recording the device works on all at the same time.
-
-    Small kernels of one leave most of a large GPU idle. Gradients go the same ways back.
-    """
-    if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-        return [compute() for compute in computations]
-    recorded, found, streams = torch.cuda.current_stream(), [], []
-    for compute in computations:
-        streams.append(torch.cuda.Stream())
-        streams[-1].wait_stream(recorded)
-        with torch.cuda.stream(streams[-1]):
-            found.append(compute())
-    for stream in streams:
-        recorded.wait_stream(stream)
-    return found
 
 
 def _record(

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Hashable, Sequence
-from functools import partial
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -526,7 +525,7 @@ def to_spatial(
     members = [member for grid in grids for member in grid.grids]
 
     def all_forward() -> list[Tensor]:
-        each = graphs.side_by_side(partial(member, num_levels, threshold) for member in members)
+        each = [member(num_levels, threshold) for member in members]
         return [*itertools.chain(*zip(*each, strict=True))]
 
     served = [bands for member in members if (bands := member.compiled(num_levels)) is not None]
