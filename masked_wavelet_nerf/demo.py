@@ -41,6 +41,7 @@ def demo_preset(steps: int = _STEPS) -> Preset:
                 "upsample-steps": _UPSAMPLE_STEPS,
                 "occupancy-steps": [*_UPSAMPLE_STEPS, 500],
                 "mask-weight": 4e-9,
+                "texel-units": True,
             },
             "optimizers": {
                 group: {"scheduler": scheduler} for group in ("grids", "masks", "networks")
