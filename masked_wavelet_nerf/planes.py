@@ -16,6 +16,7 @@ Letters: C components, B bands of a level, N points, L levels, H, W plane size.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
@@ -430,16 +431,20 @@ class FactorisedGrid(nn.Module):
     def sums_at_nodes(self, spatial: SpatialGrid, size: int) -> Float[Tensor, "size size size"]:
         """Sum of the features at the nodes (x, y, z) of a regular grid over [-1, 1]³.
 
-        Planes and lines are resized to ``size`` texels first: it is a coarse level.
+        Planes are resized to ``size`` texels first: it is a coarse level. Lines of another length
+        count with their first texel alone, so that what planes show is as deep as the scene:
+        samples that are proposed by less train worse (fox, 330 steps: 20.7 dB, not 23.1).
         """
 
-        def resized(image: Tensor, width: int) -> Tensor:
-            size_of = (size, width)
-            return F.interpolate(image[None], size_of, mode="bilinear", antialias=True)[0]
+        def along(image: Tensor, axis: int) -> Tensor:
+            return _resizing(size, image.shape[axis], image.device)
 
-        xy, xz, yz = (resized(plane, size) for plane in spatial.planes)
+        def of_line(line: Tensor) -> Tensor:
+            return line if line.shape[1] == size else (line @ along(line, 1)[:1].T).expand(-1, size)
+
+        xy, xz, yz = (along(p, 1) @ p @ along(p, 2).T for p in spatial.planes)
         if spatial.lines:
-            z, y, x = (resized(line[..., None], 1)[..., 0] for line in spatial.lines)
+            z, y, x = map(of_line, spatial.lines)
             sums = torch.einsum("cyx,cz->xyz", xy, z)
             sums = sums + torch.einsum("czx,cy->xyz", xz, y)
             return sums + torch.einsum("czy,cx->xyz", yz, x)
@@ -552,6 +557,19 @@ def to_spatial(
         for grid in grids
     ]
     return by_grid, logit_sum
+
+
+@functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)  # what inference caches must serve training too
+def _resizing(size: int, length: int, device: torch.device) -> Float[Tensor, "size length"]:
+    """What takes ``length`` samples along an axis to ``size`` smoothed ones.
+
+    A matrix, as torch (2.11 to 2.14) resizes pictures of a single column, which lines would be, to
+    a constant on a CPU but not on CUDA.
+    """
+    unit = torch.eye(length)[None, None]
+    matrix = F.interpolate(unit, (size, length), mode="bilinear", antialias=True)[0, 0]
+    return matrix.to(device)
 
 
 def _replace_data(parameter: nn.Parameter, value: Tensor) -> None:

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from jaxtyping import TypeCheckError
 
 from masked_wavelet_nerf.masking import largest_integer, quantise_to_integers
@@ -146,6 +147,26 @@ def test_sums_at_nodes_are_the_features_there(kind):
     points = torch.stack(torch.meshgrid(nodes, nodes, nodes, indexing="ij"), dim=-1)
     expected = grid.summed_features(spatial, points.view(-1, 3)).view(7, 7, 7)
     torch.testing.assert_close(grid.sums_at_nodes(spatial, 7), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_sums_at_fewer_nodes_are_of_smoothed_planes_and_the_first_texels_of_lines():
+    grid = factorised((12, 14, 10))
+    spatial, _ = grid()
+
+    def smoothed(image: torch.Tensor) -> torch.Tensor:
+        return F.interpolate(image[None], (6, 6), mode="bilinear", antialias=True)[0]
+
+    xy, xz, yz = map(smoothed, spatial.planes)
+    z, y, x = (
+        smoothed(line[..., None].expand(-1, -1, 9))[:, :1, 4].expand(-1, 6)
+        for line in spatial.lines
+    )
+    expected = (
+        (xy.permute(0, 2, 1)[..., None] * z[:, None, None])
+        + (xz.permute(0, 2, 1)[:, :, None] * y[:, None, :, None])
+        + (yz.permute(0, 2, 1)[:, None] * x[:, :, None, None])
+    ).sum(dim=0)
+    torch.testing.assert_close(grid.sums_at_nodes(spatial, 6), expected, atol=1e-6, rtol=1e-4)
 
 
 def test_sums_at_fewer_nodes_are_of_averaged_planes():
