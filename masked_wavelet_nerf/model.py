@@ -113,10 +113,9 @@ class _BoxCollider(AABBBoxCollider):
     """nerfstudio's, in a third of its operations."""
 
     def _intersect_with_aabb(self, rays_o, rays_d, aabb):
-        nears, fars = rendering.limits_in_box(rays_o, rays_d, aabb)
-        if self.training:
-            nears = nears.clamp(min=self.near_plane)
-        return nears[:, 0], torch.maximum(fars, nears)[:, 0]
+        nearest = self.near_plane if self.training else 0.0
+        nears, fars = rendering.limits_in_box(rays_o, rays_d, aabb, nearest)
+        return nears[:, 0], fars[:, 0]
 
 
 class MaskedWaveletModel(Model):
@@ -205,6 +204,7 @@ class MaskedWaveletModel(Model):
     def _apply(self, fn, recurse: bool = True) -> MaskedWaveletModel:
         # The collider holds the box itself: follow it to another device.
         super()._apply(fn, recurse)
+        self._levels = None
         self._on_box_changed()
         return self
 

@@ -143,12 +143,18 @@ def sample_box(
 
 
 def limits_in_box(
-    origins: Float[Tensor, "R 3"], directions: Float[Tensor, "R 3"], box: Float[Tensor, "2 3"]
+    origins: Float[Tensor, "R 3"],
+    directions: Float[Tensor, "R 3"],
+    box: Float[Tensor, "2 3"],
+    nearest: float = 0.0,
 ) -> tuple[Float[Tensor, "R 1"], Float[Tensor, "R 1"]]:
-    """Distances at which rays enter and leave a box; equal where they miss it."""
+    """Distances, at least ``nearest``, at which rays enter and leave a box.
+
+    They are equal where rays miss it.
+    """
     inverse = 1 / (directions + 1e-6)  # as nerfstudio's collider, so that none is infinite
     planes = (box[:, None] - origins) * inverse
-    nears = planes.amin(dim=0).amax(dim=-1, keepdim=True).clamp(min=0)
+    nears = planes.amin(dim=0).amax(dim=-1, keepdim=True).clamp(min=nearest)
     return nears, torch.maximum(planes.amax(dim=0).amin(dim=-1, keepdim=True), nears)
 
 
