@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from masked_wavelet_nerf.cli import main
+from masked_wavelet_nerf.demo import demo_preset
 from masked_wavelet_nerf.presets import Preset, PresetError, flatten, load_preset
 
 RUN = '[run]\nmethod = "m"\ndataparser = "d"\n'
@@ -284,3 +285,8 @@ def test_the_command_prints_what_ns_train_is_given(write, capsys):
 def test_the_command_says_which_table_is_wrong(write, capsys):
     assert main(["preset", str(write("[run]\n")), "--data", "x"]) == 2
     assert "p.toml: [run] lacks 'method'" in capsys.readouterr().err
+
+
+def test_the_sample_preset_is_what_the_demo_trains():
+    preset = load_preset(Path(__file__).parent.parent / "configs/sample.toml")
+    assert flatten(preset.flags) == flatten(demo_preset().flags)
