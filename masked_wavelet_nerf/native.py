@@ -40,6 +40,8 @@ _TAPS = 5
 
 _WORTH_A_THREAD = 1 << 17
 """Numbers to be computed, below which waking a thread takes longer than it saves."""
+_SAMPLE = 8
+"""How many numbers a sample of volume rendering, which takes an exponential, counts as there."""
 _ROW = 8
 """Rows that go into matrix products are filled up to a multiple of this."""
 
@@ -415,6 +417,20 @@ def _num_values(grid: Bands) -> int:
 # --- marching -------------------------------------------------------------------------------------
 
 
+class Cells(NamedTuple):
+    """Which nodes of [-1, 1]³ are occupied; fewer than 2³¹ of them."""
+
+    bits: np.ndarray
+    """Eight nodes in a byte: 304³ of them are in the cache then."""
+    shape: tuple[int, ...]
+    """(X, Y, Z)."""
+
+
+def packed_cells(cells: Bool[Tensor, "X Y Z"]) -> Cells:
+    """As :func:`occupied_samples` takes them."""
+    return Cells(np.packbits(_flat(cells), bitorder="little"), tuple(cells.shape))
+
+
 def occupied_samples(
     origins: Float[Tensor, "R 3"],
     directions: Float[Tensor, "R 3"],
@@ -422,7 +438,7 @@ def occupied_samples(
     fars: Float[Tensor, "R 1"],
     step_size: float,
     num_steps: int,
-    cells: Bool[Tensor, "X Y Z"],
+    cells: Cells,
 ) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"], Float[Tensor, "N 3"]]:
     """Ray, distance and point of places first + s · step < far in occupied cells of [-1, 1]³."""
     kernels = _kernels()
@@ -430,16 +446,15 @@ def occupied_samples(
     num_rays = len(origins)
     rays = [t.detach().contiguous().numpy() for t in (origins, directions)]
     start, stop, step = _flat(first), _flat(fars), np.float32(step_size)
-    valid = np.zeros((num_rays, num_steps), np.bool_)
-    counts = np.zeros(num_rays, np.int64)
-    arguments = *rays, start, stop, step, cells.contiguous().numpy(), valid, counts
+    places, counts = np.empty((num_rays, num_steps), np.int32), np.empty(num_rays, np.int64)
+    arguments = *rays, start, stop, step, *cells, places, counts
     _split_range(functools.partial(kernels.occupied_places, *arguments), num_rays, num_steps)
     offsets = np.concatenate((np.zeros(1, np.int64), counts.cumsum()))
     count = int(offsets[-1])
     ray, middles = torch.empty(count, dtype=torch.int64), torch.empty(count)
     points = torch.empty(count, 3)
     outputs = ray.numpy(), middles.numpy(), points.numpy()
-    arguments = *rays, start, step, valid, offsets, *outputs
+    arguments = *rays, start, step, places, offsets, *outputs
     _split_range(functools.partial(kernels.pack_places, *arguments), num_rays, num_steps)
     return ray, middles, points
 
@@ -517,7 +532,7 @@ def composite(
     given = depths, where, sizes, places, widths, bounds, *limits
     filled = light, weights, groups, counts, *sums.numpy()
     work = functools.partial(kernels.composite, *given, *filled)
-    width = max(1, len(depths) // max(num_rays, 1))
+    width = _SAMPLE * len(depths) // max(num_rays, 1)
     _split_range(work, num_rays, width)
 
     offsets = np.concatenate((np.zeros(1, np.int64), counts.cumsum()))
@@ -547,7 +562,7 @@ def composite_backward(
     sums = torch.stack((of_accumulation, of_distance, of_distortion)).numpy()
     num_rays = sums.shape[1]
     work = functools.partial(kernels.composite_backward, *kept, sums, _flat(of_shares), out.numpy())
-    _split_range(work, num_rays, max(1, len(out) // max(num_rays, 1)))
+    _split_range(work, num_rays, _SAMPLE * len(out) // max(num_rays, 1))
     return out
 
 

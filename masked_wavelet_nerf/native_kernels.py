@@ -23,6 +23,7 @@ _EXACT = {"nsz"}  # v / Δ has to round as the codec's does: no reciprocals
 _u64 = np.uint64
 _i32 = np.int32
 _f32 = np.float32
+_PLACES_AT_ONCE = 64
 _LOG2_E = math.log2(math.e)
 _LN_2 = math.log(2)
 
@@ -614,29 +615,58 @@ def encode_backward(
 
 
 @_jit
-def occupied_places(origins, directions, first, fars, step, cells, valid, counts, start, stop):
-    """Marks places first + s · step < far whose nearest node of ``cells`` is occupied.
+def _num_places(first, far, step, most):
+    """How many of the places first + s · step, s < ``most``, lie before far."""
+    estimate = (far - first) / step
+    count = most
+    if estimate < _f32(most):
+        count = np.int64(estimate) if estimate > 0 else 0
+    # As the places themselves are rounded.
+    while count < most and first + _f32(count) * step < far:
+        count += 1
+    while count > 0 and not first + _f32(count - 1) * step < far:
+        count -= 1
+    return count
 
-    ``counts`` takes how many of each ray's places are.
+
+@_jit
+def occupied_places(
+    origins, directions, first, fars, step, cells, shape, places, counts, start, stop
+):
+    """Finds places first + s · step < far whose nearest node is occupied.
+
+    ``cells`` has eight nodes in a byte, the first in its lowest bit. ``counts`` takes how many of
+    each ray's places are occupied, ``places`` which.
     """
-    X, Y, Z = cells.shape
-    S = valid.shape[1]
+    X, Y, Z = shape
+    S = places.shape[1]
     sx, sy, sz = _f32(X - 1) * _f32(0.5), _f32(Y - 1) * _f32(0.5), _f32(Z - 1) * _f32(0.5)
+    # First all nodes of some places, which takes vector instructions, then what is there.
+    nodes = np.empty(_PLACES_AT_ONCE, np.int32)
     for r in range(start, stop):
         ox, oy, oz = origins[r, 0], origins[r, 1], origins[r, 2]
         dx, dy, dz = directions[r, 0], directions[r, 1], directions[r, 2]
-        for s in range(S):
-            t = first[r] + _f32(s) * step
-            if not t < fars[r]:
-                break
-            # As numbers, before they become indices: infinity has none.
-            x = np.rint((ox + dx * t + _f32(1)) * sx)
-            y = np.rint((oy + dy * t + _f32(1)) * sy)
-            z = np.rint((oz + dz * t + _f32(1)) * sz)
-            if 0 <= x < X and 0 <= y < Y and 0 <= z < Z:
-                occupied = cells[np.int64(x), np.int64(y), np.int64(z)]
-                valid[r, s] = occupied
-                counts[r] += occupied
+        num_places = _num_places(first[r], fars[r], step, S)
+        count = 0
+        for begin in range(0, num_places, _PLACES_AT_ONCE):
+            size = min(_PLACES_AT_ONCE, num_places - begin)
+            for k in range(size):
+                t = first[r] + _f32(begin + k) * step
+                x = np.rint((ox + dx * t + _f32(1)) * sx)
+                y = np.rint((oy + dy * t + _f32(1)) * sy)
+                z = np.rint((oz + dz * t + _f32(1)) * sz)
+                # As numbers, before they become indices: infinity has none.
+                inside = (x >= 0) & (x < _f32(X)) & (y >= 0) & (y < _f32(Y))
+                inside &= (z >= 0) & (z < _f32(Z))
+                x, y, z = (x, y, z) if inside else (_f32(0), _f32(0), _f32(0))
+                node = (_i32(x) * _i32(Y) + _i32(y)) * _i32(Z) + _i32(z)
+                nodes[_u64(k)] = node if inside else _i32(-1)
+            for k in range(size):
+                node = nodes[_u64(k)]
+                byte = cells[_u64(max(node, _i32(0)) >> 3)]
+                places[_u64(r), _u64(count)] = begin + k
+                count += (byte >> (node & 7)) & (node >= 0)
+        counts[r] = count
 
 
 @_jit
@@ -647,29 +677,21 @@ def _along(origin, direction, distance):
 
 @_jit_exact
 def pack_places(
-    origins, directions, first, step, valid, offsets, ray, middles, points, start, stop
+    origins, directions, first, step, places, offsets, ray, middles, points, start, stop
 ):
-    """Ray, distance and point of the marked places of rays ``start … stop - 1``.
+    """Ray, distance and point of the occupied places of rays ``start … stop - 1``.
 
     Ray r's are written from ``offsets[r]`` on.
     """
-    S = valid.shape[1]
     for r in range(start, stop):
-        i = offsets[r]
-        if i == offsets[r + 1]:
-            continue
         ox, oy, oz = origins[r, 0], origins[r, 1], origins[r, 2]
         dx, dy, dz = directions[r, 0], directions[r, 1], directions[r, 2]
-        for s in range(S):
-            if valid[r, s]:
-                t = first[r] + _f32(s) * step
-                ray[i], middles[i] = r, t
-                points[i, 0] = _along(ox, dx, t)
-                points[i, 1] = _along(oy, dy, t)
-                points[i, 2] = _along(oz, dz, t)
-                i += 1
-                if i == offsets[r + 1]:
-                    break
+        for k in range(offsets[r + 1] - offsets[r]):
+            i, t = offsets[r] + k, first[r] + _f32(places[r, k]) * step
+            ray[i], middles[i] = r, t
+            points[i, 0] = _along(ox, dx, t)
+            points[i, 1] = _along(oy, dy, t)
+            points[i, 2] = _along(oz, dz, t)
 
 
 @_jit

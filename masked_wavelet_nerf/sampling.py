@@ -77,7 +77,7 @@ def march(
     has_gradients = any(t.requires_grad for t in (origins, directions, first))
     if native.serves(origins, directions, first, fars) and not has_gradients:
         ray, middles, points = native.occupied_samples(
-            origins, directions, first, fars, step_size, num_steps, occupancy.cells
+            origins, directions, first, fars, step_size, num_steps, occupancy.packed()
         )
         return PackedSamples(ray, middles, step_size, points)
     index = torch.arange(num_steps, device=nears.device, dtype=nears.dtype)
@@ -256,11 +256,20 @@ class OccupancyGrid(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("cells", torch.ones(1, 1, 1, dtype=torch.bool))
+        self._packed: tuple[Tensor, int, native.Cells] | None = None
 
     @property
     def is_known(self) -> bool:
         """Whether the grid has been updated, so that it can skip anything at all."""
         return self.cells.numel() > 1
+
+    def packed(self) -> native.Cells:
+        """The cells as compiled loops take them, kept until they change."""
+        cells = self.cells
+        version = 0 if cells.is_inference() else cells._version
+        if self._packed is None or self._packed[0] is not cells or self._packed[1] != version:
+            self._packed = cells, version, native.packed_cells(cells)
+        return self._packed[2]
 
     def forward(self, points: Float[Tensor, "*batch 3"]) -> Bool[Tensor, "*batch"]:
         """Whether the node nearest to each point of [-1, 1]³ is occupied; outside, nothing is."""

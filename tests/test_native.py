@@ -287,7 +287,9 @@ def test_features_of_any_number_of_threads(summed, num_points):
 def occupied_places(origins, directions, first, fars, step, num_steps, cells):
     """Which of the (R, S) places are sampled; the samples themselves are checked on the way."""
     rays = origins, directions, first, fars
-    ray, middles, points = native.occupied_samples(*rays, step, num_steps, cells)
+    ray, middles, points = native.occupied_samples(
+        *rays, step, num_steps, native.packed_cells(cells)
+    )
     assert (ray.diff() >= 0).all() and (middles.diff()[ray.diff() == 0] > 0).all()
     torch.testing.assert_close(points, origins[ray] + directions[ray] * middles[:, None])
     places = torch.zeros(len(origins), num_steps, dtype=torch.bool)
@@ -309,7 +311,7 @@ def test_other_loops_of_any_number_of_threads():
         shown = [*spatial.planes, *spatial.lines]
         loss = sum(t.square().sum() for t in shown)
         gradients = torch.autograd.grad(loss, list(grid.parameters()))
-        samples = native.occupied_samples(*rays, 0.1, 50, cells)
+        samples = native.occupied_samples(*rays, 0.1, 50, native.packed_cells(cells))
         encoded = native.encode(appearance, directions, 3)
         of_encoded = native.encode_backward(torch.ones_like(encoded), encoded, 5, 3, 3)
         return [*shown, *kept, *gradients, *samples, encoded, of_encoded]
@@ -321,7 +323,9 @@ def test_other_loops_of_any_number_of_threads():
             assert torch.equal(a, b)
     for num_threads in (2, 3):
         torch.set_num_threads(num_threads)
-        ray, middles, points = native.occupied_samples(*(t[:0] for t in rays), 0.1, 50, cells)
+        ray, middles, points = native.occupied_samples(
+            *(t[:0] for t in rays), 0.1, 50, native.packed_cells(cells)
+        )
         assert len(ray) == len(middles) == 0 and points.shape == (0, 3)
         assert native.encode(appearance[:0], directions[:0], 2).shape == (0, 40)
 
@@ -427,7 +431,9 @@ assert native.is_enabled()
 
 def occupied_places(origins, directions, first, fars, step, num_steps, cells):
     rays = origins, directions, first, fars
-    ray, middles, points = native.occupied_samples(*rays, step, num_steps, cells)
+    ray, middles, points = native.occupied_samples(
+        *rays, step, num_steps, native.packed_cells(cells)
+    )
     places = torch.zeros(len(origins), num_steps, dtype=torch.bool)
     places[ray, ((middles - first[ray, 0]) / step).round().long()] = True
     assert torch.equal(points, torch.addcmul(origins[ray], directions[ray], middles[:, None]))
@@ -549,7 +555,7 @@ from masked_wavelet_nerf import native
 
 torch.set_num_threads(2)
 rays = torch.zeros(9, 3), torch.ones(9, 3), torch.zeros(9, 1), torch.ones(9, 1)
-cells = torch.ones(2, 2, 2, dtype=torch.bool)
+cells = native.packed_cells(torch.ones(2, 2, 2, dtype=torch.bool))
 assert len(native.occupied_samples(*rays, 0.5, 2, cells)[0]) == 18
 process = os.fork()
 if process == 0:

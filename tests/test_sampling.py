@@ -361,3 +361,23 @@ def test_state_of_any_size_loads(saved, present):
     assert torch.equal(target.cells, source.cells)
     assert target.cells is not source.cells
     assert target.is_known == (math.prod(saved) > 1)
+
+
+def test_compiled_loops_march_through_the_cells_as_they_are_now():
+    grid, rays = OccupancyGrid(), (torch.zeros(1, 3), torch.tensor([[1.0, 0, 0]]))
+
+    def count() -> int:
+        limits = torch.zeros(1, 1), torch.ones(1, 1)
+        return len(march(*rays, *limits, 0.25, 4, grid, None).ray)
+
+    assert count() == 4
+    grid.cells = torch.zeros(3, 3, 3, dtype=torch.bool)
+    assert count() == 0
+    grid.cells[1, 1, 1] = True
+    assert count() == 2
+    assert grid.packed() is grid.packed()
+    grid.load_state_dict({"cells": torch.ones(3, 3, 3, dtype=torch.bool)})
+    assert count() == 4
+    with torch.inference_mode():
+        grid.cells = torch.zeros(3, 3, 3, dtype=torch.bool)
+        assert count() == 0
