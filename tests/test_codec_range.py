@@ -323,6 +323,36 @@ def test_fitted_weights_stay_in_their_range(kept, kind):
     assert spent < (1.05 * plain if kind == "constant" else 0) + 5
 
 
+def spent_on(weights: list[int], *sample: np.ndarray) -> float:
+    """Bits of a sample, by the probabilities that are coded with."""
+    features, kept, counts = sample
+    found = ans.weights_of(contexts.logits_of(np.array(weights) @ features)) / 65536
+    return -counts @ np.log2(np.where(kept, found, 1 - found))
+
+
+def test_a_handful_never_costs_more_than_coding_it_without_features():
+    """Features that tell a handful from all others make weights grow until they do not fit."""
+    dearer = []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        count, num_kept = int(rng.choice([500, 4000, 30000])), int(rng.integers(1, 4))
+        kept = np.arange(count) < num_kept
+        channel = rng.integers(0, 48, count)
+        above = np.where(rng.random(count) < 0.05, 16 * rng.integers(1, 9, count), 0)
+        channel[kept], above[kept] = rng.choice([47, 40, 12]), rng.choice([128, 160])
+        before = -(contexts.octaves(channel) + 32).astype(int)
+        always = np.full(count, 16)
+        features = np.stack([always, before, before, before, above, 16 * (above > 0), 2 * above])
+        counts = np.where(kept, 1.0, rng.choice([1.0, 21.0, 90.0]))
+        weights = contexts.fit_weights(features, kept, counts)
+        assert np.abs(weights).max() <= 16384
+        without = [-16 * 11 * 8, *[0] * 6]  # odds of e^-11: no decision is less likely than e^-8
+        found = [spent_on(some, features, kept, counts) for some in (weights, without)]
+        if found[0] > found[1] + 1:
+            dearer.append(seed)
+    assert not dearer
+
+
 # What the contexts save.
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from masked_wavelet_codec.ans import EVEN, NUM_LOGITS
+from masked_wavelet_codec.ans import EVEN, NUM_LOGITS, weights_of
 
 __all__ = [
     "LARGEST_WEIGHT",
@@ -41,6 +41,8 @@ _ONE = 16
 """What counts as one in a feature."""
 _SHIFT = 7
 """A score is a logit times two to this."""
+_LOGITS_IN_ONE = 16
+"""How many logits the odds grow by a factor of e in."""
 _MOST = 4095
 """Counts beyond this are taken for it."""
 LARGEST_WEIGHT = 2**14
@@ -48,6 +50,8 @@ _ROUNDS = 12
 """Of Newton's method."""
 _HALVINGS = 8
 """Of a step, at most."""
+_RIDGE = 0.01
+"""How strongly weights, of features of unit spread, are drawn to zero, in nats."""
 _ENOUGH = 1e-7
 """A round that gains less than this share of all bits is the last."""
 
@@ -150,7 +154,7 @@ def logits_of(scores: np.ndarray) -> np.ndarray:
 
 
 def fit_weights(features: np.ndarray, kept: np.ndarray, counts: np.ndarray) -> list[int]:
-    """Weights that suit a sample, by logistic regression.
+    """Weights that suit a sample, by logistic regression; never worse than its mean alone.
 
     Args:
         features: (F, N).
@@ -162,18 +166,20 @@ def fit_weights(features: np.ndarray, kept: np.ndarray, counts: np.ndarray) -> l
     weights = np.zeros(len(features))
     chance = np.clip((counts * kept).sum() / max(counts.sum(), 1), 1e-5, 1 - 1e-5)
     weights[0] = np.log(chance / (1 - chance)) * scale[0, 0] / _ONE
+    mean_alone = weights
 
     def loss(weights: np.ndarray) -> float:
         scores = weights @ inputs
-        return counts @ (np.logaddexp(0, scores) - kept * scores) + 5e-3 * weights @ weights
+        spent = counts @ (np.logaddexp(0, scores) - kept * scores)
+        return spent + _RIDGE / 2 * weights @ weights
 
     before = loss(weights)
     for _ in range(_ROUNDS):
         chances = 1 / (1 + np.exp(-np.clip(weights @ inputs, -30, 30)))
         slope = counts * chances * (1 - chances) + 1e-9 * counts
         hessian = (inputs * slope) @ inputs.T
-        hessian[np.diag_indices_from(hessian)] += 1e-2 + 1e-9 * np.trace(hessian)
-        step = np.linalg.solve(hessian, inputs @ (counts * (kept - chances)) - 1e-2 * weights)
+        hessian[np.diag_indices_from(hessian)] += _RIDGE + 1e-9 * np.trace(hessian)
+        step = np.linalg.solve(hessian, inputs @ (counts * (kept - chances)) - _RIDGE * weights)
         step /= max(1.0, np.abs(step).max() / 2)
         # Shorter where it goes too far: else it swings to and fro where features tell nearly all.
         after = loss(weights + step)
@@ -185,8 +191,20 @@ def fit_weights(features: np.ndarray, kept: np.ndarray, counts: np.ndarray) -> l
         weights, gain, before = weights + step, before - after, after
         if 0 <= gain < _ENOUGH * before:
             break
-    rounded = np.rint(16 * weights / scale[:, 0] * (1 << _SHIFT))
-    return [int(w) for w in np.clip(rounded, -LARGEST_WEIGHT, LARGEST_WEIGHT)]
+
+    def nats(weights: np.ndarray) -> float:
+        chances = weights_of(logits_of(weights @ features.astype(np.int64))) / 2**16
+        return -counts @ np.log(np.where(kept, chances, 1 - chances))
+
+    # Where a handful is kept, features may tell all of the sample, and weights grow without bound.
+    return min((_as_integers(w / scale[:, 0]) for w in (weights, mean_alone)), key=nats).tolist()
+
+
+def _as_integers(weights: np.ndarray) -> np.ndarray:
+    """Rounded as they are written; where one is too large, all become smaller together."""
+    scaled = _LOGITS_IN_ONE * weights * (1 << _SHIFT)
+    scaled *= min(1.0, LARGEST_WEIGHT / max(1.0, np.abs(scaled).max()))
+    return np.rint(scaled).astype(np.int64)
 
 
 def around(values: np.ndarray) -> np.ndarray:
