@@ -50,6 +50,14 @@ class Variation:
 
 
 @dataclass(frozen=True)
+class Threading:
+    """A step's time with so many CPU threads."""
+
+    threads: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Measurement:
     """One grid size; times in seconds, memory in bytes."""
 
@@ -70,6 +78,7 @@ class Measurement:
     render_peak_bytes: int
     train_peak_device_bytes: int
     render_peak_device_bytes: int
+    threadings: list[Threading]
     variations: list[Variation]
 
 
@@ -108,6 +117,14 @@ def tables(
     if rows:
         header = ("voxels", "rays", "step ratio", "samples per ray", "step, ms")
         found.append(Table("Rays and samples", header, rows))
+    rows = [
+        (voxels(m), f"{m.step.rays:,}", f"{t.threads}", _ms(t.seconds),
+         f"{m.threadings[0].seconds / t.seconds:.2f}")
+        for m in measurements for t in m.threadings
+    ]  # fmt: skip
+    if rows:
+        header = ("voxels", "rays", "threads", "step, ms", "times as fast")
+        found.append(Table("Threads, in turn", header, rows))
     return found
 
 

@@ -36,13 +36,15 @@ from masked_wavelet_nerf import profile_report, tracing
 from masked_wavelet_nerf.clock import now
 from masked_wavelet_nerf.errors import UserError
 from masked_wavelet_nerf.floors import Machine, Work, counts_of, measure_machine, work
-from masked_wavelet_nerf.profile_report import Measurement, Part, Timing, Variation
+from masked_wavelet_nerf.profile_report import Measurement, Part, Threading, Timing, Variation
 from masked_wavelet_nerf.profile_scene import model_of, run_trainer, stand_in_trainer
 
 FRAME_SIDE = 128
 FIRST_PICTURE = (64, 48)
 """Width and height of a viewer's picture while the camera moves."""
 WARM_UP_STEPS = 3
+THREAD_ROUNDS = 8
+"""How often steps change from one number of threads to the next: machines are never the same."""
 
 
 class ProfileError(UserError):
@@ -64,6 +66,8 @@ class Case:
     """Further numbers of rays, for the step's time alone."""
     step_ratios: tuple[float, ...] = ()
     """Further distances between samples, in voxels, likewise."""
+    thread_counts: tuple[int, ...] = ()
+    """Numbers of CPU threads to compare."""
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Fields of the model's configuration to change."""
     load_config: Path | None = None
@@ -87,11 +91,13 @@ class Profile:
     step_ratios: tuple[float, ...] = (1.0, 0.5, 0.25)
     """Distances between samples, in voxels, likewise."""
     scaling_size: int = 128
-    """Size at which rays and samples are varied, if it is among the sizes."""
+    """Size at which rays, samples and threads are varied, if it is among the sizes."""
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     """Device to measure."""
     threads: int | None = None
     """CPU threads; torch's own choice if not given."""
+    thread_counts: tuple[int, ...] = ()
+    """Numbers of CPU threads (1 2, say) between which steps at ``scaling_size`` change in turn."""
     repeats: int = 10
     """Steps and frames that are timed, and as many again under the profiler."""
     load_config: Path | None = None
@@ -141,6 +147,8 @@ class Profile:
                 raise ProfileError(f"--{name}: expected at least 1, got {value}")
         if self.load_config is None and min(self.sizes, default=0) < 8:
             raise ProfileError(f"--sizes: expected at least 8 voxels, got {self.sizes}")
+        if min(self.thread_counts, default=1) < 1:
+            raise ProfileError(f"--thread-counts: expected at least 1, got {self.thread_counts}")
         if min(self.ray_counts, default=1) < 1 or min(self.step_ratios, default=1) <= 0:
             raise ProfileError("--ray-counts and --step-ratios: expected numbers above 0")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -154,7 +162,11 @@ class Profile:
             "repeats": self.repeats,
             "machine": machine,
         }
-        varied = {"ray_counts": self.ray_counts, "step_ratios": self.step_ratios}
+        varied = {
+            "ray_counts": self.ray_counts,
+            "step_ratios": self.step_ratios,
+            "thread_counts": self.thread_counts,
+        }
         if self.load_config is not None:
             run = {"load_config": self.load_config, "data": self.data}
             return [Case(size=0, **common, **varied, **run)]
@@ -215,6 +227,7 @@ def measure(case: Case) -> Measurement:
             render_peak_bytes=render_peaks[0],
             train_peak_device_bytes=train_peaks[1],
             render_peak_device_bytes=render_peaks[1],
+            threadings=_vary_threads(trainer, case),
             variations=_vary(trainer, case, step),
         )
 
@@ -293,6 +306,18 @@ def _vary(trainer: Trainer, case: Case, step: Timing) -> list[Variation]:
         samples = tracing.count(lambda: _step_seconds(trainer, 1))["density"] // 2
         found.append(Variation(rays, step_ratio, samples, seconds))
     return found
+
+
+def _vary_threads(trainer: Trainer, case: Case) -> list[Threading]:
+    """Steps with other numbers of threads, in turn."""
+    counts = tuple(dict.fromkeys(case.thread_counts))
+    seconds: dict[int, list[float]] = {count: [] for count in counts}
+    for _ in range(THREAD_ROUNDS):
+        for count in counts:
+            with _threads(count):
+                _step_seconds(trainer, 1)
+                seconds[count] += _step_seconds(trainer, case.repeats)
+    return [Threading(count, median(found)) for count, found in seconds.items()]
 
 
 # --- frames ---------------------------------------------------------------------------------------

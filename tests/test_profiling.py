@@ -6,10 +6,12 @@ import contextlib
 import ctypes
 import gc
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from nerfstudio.engine.trainer import Trainer
 from torch.autograd import DeviceType
 
 from masked_wavelet_nerf import floors, profile_report, profiling, tracing
@@ -28,7 +30,12 @@ CASE = Case(size=16, rays=64, device="cpu", threads=None, repeats=2, machine=MAC
 @pytest.fixture(scope="module")
 def measurement():
     case = CASE.__class__(
-        **{**vars(CASE), "ray_counts": (32, 64), "step_ratios": (0.5, 0.25)},
+        **{
+            **vars(CASE),
+            "ray_counts": (32, 64),
+            "step_ratios": (0.5, 0.25),
+            "thread_counts": (1, 2, 1),
+        },
     )
     gc.collect()  # what other tests left is no library
     with contextlib.suppress(AttributeError):  # where it is not glibc's
@@ -68,6 +75,29 @@ def test_rays_and_samples_are_varied(measurement):
     assert found[64, 0.5].seconds == measurement.step.seconds
     assert found[64, 0.25].density_samples > 1.5 * found[64, 0.5].density_samples
     assert found[32, 0.5].density_samples < 0.8 * found[64, 0.5].density_samples
+
+
+def test_threads_are_compared_in_turn(measurement, monkeypatch):
+    assert [t.threads for t in measurement.threadings] == [1, 2]
+    before, used = torch.get_num_threads(), []
+
+    def steps(trainer, count: int) -> list[float]:
+        used.append(torch.get_num_threads())
+        return [10.0 * used[-1] + len(used)] * count
+
+    monkeypatch.setattr(profiling, "_step_seconds", steps)
+    case = Case(**{**vars(CASE), "thread_counts": (3, 2)})
+    found = profiling._vary_threads(object.__new__(Trainer), case)
+    # A step to wake the threads, then those that count; eight times.
+    assert used == [3, 3, 2, 2] * 8 and torch.get_num_threads() == before
+    # Calls 2, 6, … 30 of three threads, 4, 8, … 32 of two.
+    assert [(t.threads, t.seconds) for t in found] == [(3, 30 + 16), (2, 20 + 18)]
+    rows = profile_report.tables(MACHINE, "cpu", 1, [replace(measurement, threadings=found)])
+    assert rows[-1].title == "Threads, in turn"
+    assert [row[2:] for row in rows[-1].rows] == [
+        ("3", "46,000.0", "1.00"),
+        ("2", "38,000.0", "1.21"),
+    ]
 
 
 def test_a_run_is_profiled_and_left_alone(tiny_config, train):
@@ -339,6 +369,7 @@ def test_command_prints_json_or_markdown_and_draws(measurement, monkeypatch, cap
         ({"rays": 0}, "--rays: expected at least 1"),
         ({"repeats": 0}, "--repeats"),
         ({"threads": 0}, "--threads"),
+        ({"thread_counts": (1, 0)}, "--thread-counts: expected at least 1"),
         ({"sizes": (4,)}, "--sizes: expected at least 8"),
         ({"sizes": ()}, "--sizes"),
         ({"step_ratios": (0.0,)}, "above 0"),
