@@ -79,8 +79,11 @@ class WaveletDataManagerConfig(VanillaDataManagerConfig):
     """Specifies the pixel sampler used to sample pixels from images."""
     patch_size: int = 1
     """Side, in pixels, of the square patches that training draws in place of single pixels, for
-    losses that compare neighbours. Rays per batch are rounded down to whole patches. They want to
-    be many times as many: pixels of a patch are much alike, so a step learns from fewer places."""
+    losses that compare neighbours."""
+    patch_share: float = 0.5
+    """Share of a batch's rays that lie in patches, where patch-size is above 1; the others are
+    single pixels. Pixels of a patch are much alike: of patches alone (1.0), a step learns from few
+    places, and wants many more rays."""
     scene: Path | None = None
     """A .mwnf file: cameras are brought into its coordinates. Where ``data`` is that file, too, its
     own cameras take the place of a capture's."""
@@ -209,7 +212,7 @@ class WaveletDataManager(VanillaDataManager[PhotoDataset]):
                     f"patch-size: pixel-sampler is {type(sampler).__name__}, which draws no such "
                     f"patches; expected {PooledPixelSampler.__name__}, which is the default"
                 )
-            sampler.draw_patches(self.config.patch_size, images)
+            sampler.draw_patches(self.config.patch_size, self.config.patch_share, images)
 
     def setup_eval(self) -> None:
         """Sets up evaluation, whose photos may have several sizes though training's have one."""

@@ -48,6 +48,7 @@ from masked_wavelet_nerf.loading import stored_settings
 from masked_wavelet_nerf.masking import largest_integer
 from masked_wavelet_nerf.metrics import SSIM_WINDOW, ImageMetrics, patch_ssim
 from masked_wavelet_nerf.photo_appearance import PhotoAppearance
+from masked_wavelet_nerf.pixel_sampler import PooledPixelSampler
 from masked_wavelet_nerf.rate import mask_penalty, suited_integers
 from masked_wavelet_nerf.rate_control import RateControl
 from masked_wavelet_nerf.region import region_of_interest
@@ -157,7 +158,7 @@ class MaskedWaveletModel(Model):
         self.occupancy = OccupancyGrid()
         self.renderer_rgb = RGBRenderer(background_color=config.background_color)
         self.image_metrics = ImageMetrics()
-        self._patch_size = 1
+        self._pixel_sampler: PooledPixelSampler | None = None
         self._spatial: SpatialField | None = None
         self._proposal_of_spatial: unbounded.Proposal | None = None
         self._kept_of_spatial: surface.KeptMaps | None = None
@@ -423,7 +424,10 @@ class MaskedWaveletModel(Model):
         if not self.training:
             return losses
         if config.ssim_weight > 0:
-            ssim = patch_ssim(rendered, true, self._patch_size)
+            assert self._pixel_sampler is not None
+            side = self._pixel_sampler.patch_size
+            in_patches = slice(self._pixel_sampler.num_patches * side**2)
+            ssim = patch_ssim(rendered[in_patches], true[in_patches], side)
             losses["ssim_loss"] = config.ssim_weight * (1 - ssim)
         spatial = self._spatial_of_step
         if config.masks and config.mask_weight > 0:
@@ -580,12 +584,15 @@ class MaskedWaveletModel(Model):
             return
         manager = attributes.pipeline.datamanager  # pyright: ignore[reportOptionalMemberAccess]
         assert isinstance(manager, VanillaDataManager)
-        self._patch_size = manager.config.patch_size
-        if self._patch_size < SSIM_WINDOW:
+        sampler = manager.train_pixel_sampler
+        pooled = sampler if isinstance(sampler, PooledPixelSampler) else None
+        side = pooled.patch_size if pooled is not None else 1
+        if side < SSIM_WINDOW:
             raise UserError(
                 f"ssim-weight needs patches as large as SSIM's window, {SSIM_WINDOW} pixels, or "
-                f"larger, not of {self._patch_size}: set --pipeline.datamanager.patch-size"
+                f"larger, not of {side}: set --pipeline.datamanager.patch-size"
             )
+        self._pixel_sampler = pooled
 
     def _find_region(self, attributes: TrainingCallbackAttributes) -> None:
         """At the start of a training, where an unbounded scene is looked at."""

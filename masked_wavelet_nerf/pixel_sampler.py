@@ -35,7 +35,10 @@ class _Photos(NamedTuple):
 
 
 class PooledPixelSampler(PixelSampler):
-    """Samples from :attr:`pool` once it is set; patches once :meth:`draw_patches` says so."""
+    """Samples from :attr:`pool` once it is set; patches, too, once :meth:`draw_patches` says so.
+
+    A batch's patches come first, then its single pixels.
+    """
 
     config: PooledPixelSamplerConfig
     pool: Int[Tensor, " P"] | None = None
@@ -43,21 +46,28 @@ class PooledPixelSampler(PixelSampler):
     patches, pixels that they are drawn around."""
     patch_size: int = 1
     """Side of the patches that are drawn, pixels."""
+    num_patches: int = 0
+    """How many of them a batch has."""
+    _share: float = 1.0
     _seen: tuple[dict, list[_Photos]] | None = None
     """Masks stay, so what is whole within them is looked for once."""
 
-    def draw_patches(self, side: int, images: dict) -> None:
+    def draw_patches(self, side: int, share: float, images: dict) -> None:
         """Draws square patches from now on, see :mod:`.patches`; none leaves its photo or its mask.
 
         Args:
             side: of a patch, pixels.
+            share: of the rays of a batch that lie in patches, in (0, 1]; the others are single
+                pixels.
             images: a batch to draw from.
 
         Raises:
-            UserError: if a batch has not as many rays as a patch, a photo is smaller, or no patch
-                lies within a mask.
+            UserError: if a batch has no room for a patch, a photo is smaller, no patch lies within
+                a mask, or the share is none.
         """
-        self.patch_size = side
+        if not 0 < share <= 1:
+            raise UserError(f"patch-share: {share:g}; expected more than 0, and 1 at most")
+        self.patch_size, self._share = side, share
         self.set_num_rays_per_batch(self.num_rays_per_batch)
         radius = self.config.fisheye_crop_radius
         if radius is not None:  # a patch's corners lie within it, too
@@ -69,26 +79,37 @@ class PooledPixelSampler(PixelSampler):
         """Sets how many rays are drawn, of patches as many as make whole ones.
 
         Raises:
-            UserError: if that is none.
+            UserError: if there are no whole ones.
         """
+        if self.patch_size == 1:
+            super().set_num_rays_per_batch(num_rays_per_batch)
+            return
         area = self.patch_size**2
-        if num_rays_per_batch < area:
+        self.num_patches = int(self._share * num_rays_per_batch) // area
+        if self.num_patches == 0:
             raise UserError(
-                f"train-num-rays-per-batch: {num_rays_per_batch} rays; expected {area} or more, as "
-                f"many as a patch has with patch-size {self.patch_size}"
+                f"train-num-rays-per-batch: {num_rays_per_batch} rays; expected "
+                f"{math.ceil(area / self._share)} or more, so that a patch of patch-size "
+                f"{self.patch_size} has room in the {self._share:.0%} of them that are in patches"
             )
-        super().set_num_rays_per_batch(num_rays_per_batch // area * area)
+        singles = 0 if self._share == 1 else num_rays_per_batch - self.num_patches * area
+        # Of photos of several sizes, nerfstudio draws even numbers only.
+        super().set_num_rays_per_batch(self.num_patches * area + singles // 2 * 2)
 
     def sample(self, image_batch: dict) -> dict:
         """A batch of pixels to train on."""
         if self.patch_size == 1:
             return super().sample(image_batch)
         photos = self._photos_of(image_batch)
-        num_patches = self.num_rays_per_batch // self.patch_size**2
         # Photos of several sizes are drawn on the host: nothing waits for a device.
-        counts = Counter(random.choices(range(len(photos)), k=num_patches))
+        counts = Counter(random.choices(range(len(photos)), k=self.num_patches))
         parts = [self._patches(photos[i], count) for i, count in sorted(counts.items())]
-        batch = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        num_singles = self.num_rays_per_batch - self.num_patches * self.patch_size**2
+        if num_singles:
+            parts.append(self._singles(image_batch, num_singles))
+        # Of photos of several sizes, nerfstudio leaves masks out.
+        keys = set.intersection(*(set(part) for part in parts))
+        batch = {key: torch.cat([part[key] for part in parts]) for key in sorted(keys)}
         if self.config.keep_full_image:
             batch["full_image"] = image_batch["image"]
         return batch
@@ -149,6 +170,11 @@ class PooledPixelSampler(PixelSampler):
         indices = indices.to(batch["image"].device)
         indices[:, 0] = batch["image_idx"][where[0]]
         return {**drawn, "indices": indices}
+
+    def _singles(self, images: dict, count: int) -> dict:
+        if isinstance(images["image"], Tensor):
+            return self.collate_image_dataset_batch(images, count)
+        return self.collate_image_dataset_batch_list(dict(images), count)
 
     def sample_method(
         self,

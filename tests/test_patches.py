@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,22 +26,33 @@ from masked_wavelet_nerf.trainer import TrainingError
 SIDE = 3
 
 
-def drawn(manager, side=SIDE, num_steps=40) -> list[tuple[int, int, int]]:
-    """Photo and first pixel of patches, which are squares of one photo with its colours."""
-    found, count = [], 64 // side**2
+def make_patches(folder: Path, **settings):
+    """A data manager of batches that are patches alone, unless ``settings`` say otherwise."""
+    return make_manager(folder, **{"patch_size": SIDE, "patch_share": 1.0, **settings})
+
+
+def drawn(manager, side=SIDE, num_steps=40, singles=0) -> list[tuple[int, int, int]]:
+    """Photo and first pixel of patches, which are squares of one photo with its colours.
+
+    After them, a batch has so many single pixels, whose colours are right, too.
+    """
+    found, count = [], (64 - singles) // side**2
     names = [int(path.stem) for path in manager.train_dataset.image_filenames]
     for step in range(num_steps):
         rays, batch = manager.next_train(step)
-        assert len(rays) == manager.get_train_rays_per_batch() == count * side**2
-        starts = batch["indices"][:: side**2].tolist()
+        num_rays = count * side**2 + singles
+        assert len(rays) == manager.get_train_rays_per_batch() == num_rays
+        assert manager.train_pixel_sampler.num_patches == count
+        starts = batch["indices"][: count * side**2 : side**2].tolist()
         squares = [
             [view, y + row, x + column]
             for view, y, x in starts
             for row in range(side)
             for column in range(side)
         ]
-        assert batch["indices"].tolist() == squares
-        colours = torch.tensor([[10 * names[view], 5 * y, 5 * x] for view, y, x in squares])
+        pixels = batch["indices"].tolist()
+        assert pixels[: count * side**2] == squares
+        colours = torch.tensor([[10 * names[view], 5 * y, 5 * x] for view, y, x in pixels])
         torch.testing.assert_close(batch["image"][:, :3], colours / 255)
         poses = manager.train_dataset.cameras.camera_to_worlds[batch["indices"][:, 0]]
         torch.testing.assert_close(rays.origins, poses[:, :, 3])
@@ -80,7 +92,7 @@ def test_patches_are_whole_where_all_of_their_pixels_count(side):
 
 
 def test_batches_are_squares_of_single_photos(tmp_path):
-    manager = make_manager(write_capture(tmp_path / "capture"), patch_size=SIDE)
+    manager = make_patches(write_capture(tmp_path / "capture"))
     found = drawn(manager)
     assert {view for view, _, _ in found} == set(range(len(manager.train_dataset)))
     assert {y for _, y, _ in found} == first_pixels(0, HEIGHT - 1)
@@ -90,7 +102,7 @@ def test_batches_are_squares_of_single_photos(tmp_path):
 
 @pytest.mark.parametrize("sizes", [{}, MIXED])
 def test_a_step_draws_the_same_patches_whatever_came_before(tmp_path, sizes):
-    manager = make_manager(write_capture(tmp_path / "capture", sizes=sizes), patch_size=SIDE)
+    manager = make_patches(write_capture(tmp_path / "capture", sizes=sizes))
     first = manager.next_train(7)[1]["indices"]
     manager.next_train(3)
     assert torch.equal(manager.next_train(7)[1]["indices"], first)
@@ -99,7 +111,7 @@ def test_a_step_draws_the_same_patches_whatever_came_before(tmp_path, sizes):
 
 def test_photos_of_several_sizes(tmp_path):
     folder = write_capture(tmp_path / "mixed", sizes=MIXED)
-    manager = make_manager(folder, patch_size=SIDE)
+    manager = make_patches(folder)
     found = drawn(manager, num_steps=120)
     for view, path in enumerate(manager.train_dataset.image_filenames):
         width, height = MIXED.get(int(path.stem), (WIDTH, HEIGHT))
@@ -114,7 +126,7 @@ def test_patches_lie_within_masks(tmp_path, sizes):
     covered = folder / "masks/02.png"
     with Image.open(covered) as mask:
         Image.new("L", mask.size).save(covered)  # nothing is left of that photo
-    manager = make_manager(folder, patch_size=SIDE)
+    manager = make_patches(folder)
     found = drawn(manager, num_steps=120)
     seen = set()
     for view, path in enumerate(manager.train_dataset.image_filenames):
@@ -135,7 +147,7 @@ def test_restricted_patches_lie_around_useful_pixels(tmp_path, has_masks):
     folder = write_capture(tmp_path / "capture")
     if has_masks:
         add_masks(folder)
-    manager = make_manager(folder, patch_size=SIDE)
+    manager = make_patches(folder)
     manager.next_train(0)  # makes the next step's, which are of no use any more
 
     def is_useful(rays: RayBundle) -> torch.Tensor:
@@ -154,16 +166,41 @@ def test_patches_stay_within_a_fisheyes_circle():
     images = {"image": torch.rand(2, 40, 40, 3), "image_idx": torch.arange(2)}
     config = PooledPixelSamplerConfig(fisheye_crop_radius=8.0)
     sampler = config.setup(num_rays_per_batch=49 * 200)
-    sampler.draw_patches(7, images)
+    sampler.draw_patches(7, 1.0, images)
     distance = (sampler.sample(images)["indices"][:, 1:] - 20).float().norm(dim=-1)
     assert 7 < distance.max() < 8 + 2**0.5  # nerfstudio rounds by up to a pixel
     assert config.fisheye_crop_radius == 8  # evaluation's, too
 
 
+@pytest.mark.parametrize("has_masks", [False, True])
+@pytest.mark.parametrize("sizes", [{}, MIXED])
+def test_single_pixels_lie_anywhere_beside_patches(tmp_path, sizes, has_masks):
+    folder = write_capture(tmp_path / "capture", sizes=sizes)
+    if has_masks:
+        add_masks(folder)
+    manager = make_manager(folder, patch_size=SIDE, patch_share=0.6)
+    drawn(manager, singles=64 - 4 * SIDE**2)
+    seen = set()
+    for step in range(200):
+        seen |= set(map(tuple, manager.next_train(step)[1]["indices"][-28:].tolist()))
+    for view, path in enumerate(manager.train_dataset.image_filenames):
+        width, height = sizes.get(int(path.stem), (WIDTH, HEIGHT))
+        columns = range(width // 2 if has_masks else 0, width)
+        assert {y for v, y, _ in seen if v == view} == set(range(height))
+        assert {x for v, _, x in seen if v == view} == set(columns)
+
+
+def test_of_photos_of_several_sizes_an_even_number_is_drawn(tmp_path):
+    folder = write_capture(tmp_path / "mixed", sizes=MIXED)
+    manager = make_manager(folder, patch_size=SIDE, patch_share=0.5, train_num_rays_per_batch=60)
+    rays, batch = manager.next_train(0)  # three patches and 33 pixels, but for one
+    assert len(rays) == len(batch["image"]) == manager.get_train_rays_per_batch() == 27 + 32
+
+
 def test_full_images_come_along():
     images = {"image": torch.rand(2, 9, 9, 3), "image_idx": torch.tensor([5, 3])}
     sampler = PooledPixelSamplerConfig(keep_full_image=True).setup(num_rays_per_batch=30)
-    sampler.draw_patches(SIDE, images)
+    sampler.draw_patches(SIDE, 1.0, images)
     batch = sampler.sample(images)
     assert batch["full_image"] is images["image"] and len(batch["image"]) == 27
     assert set(batch["indices"][:, 0].tolist()) <= {3, 5}
@@ -193,8 +230,12 @@ def test_runs_saved_while_the_sampler_was_part_of_the_data_manager_open():
 def test_a_batch_must_hold_a_patch(tmp_path):
     folder = write_capture(tmp_path / "capture")
     with pytest.raises(UserError, match=r"num-rays-per-batch: 64 rays; expected 81 or more"):
+        make_patches(folder, patch_size=9)
+    with pytest.raises(UserError, match=r"64 rays; expected 162 or more, .* in the 50% of them"):
         make_manager(folder, patch_size=9)
-    manager = make_manager(folder, patch_size=8)
+    with pytest.raises(UserError, match=r"patch-share: 0; expected more than 0, and 1 at most"):
+        make_manager(folder, patch_size=SIDE, patch_share=0.0)
+    manager = make_patches(folder, patch_size=8)
     with pytest.raises(UserError, match=r"63 rays; expected 64 or more"):
         manager.train_pixel_sampler.set_num_rays_per_batch(63)
 
@@ -205,8 +246,8 @@ def test_a_photo_must_hold_a_patch(tmp_path, sizes):
     least = min(WIDTH, HEIGHT, *(n for size in sizes.values() for n in size))
     side = least + 1
     with pytest.raises(UserError, match=rf"patch-size {side}: .* pixels; expected {least} at most"):
-        make_manager(folder, patch_size=side, train_num_rays_per_batch=side**2)
-    make_manager(folder, patch_size=least, train_num_rays_per_batch=side**2)
+        make_patches(folder, patch_size=side, train_num_rays_per_batch=side**2)
+    make_patches(folder, patch_size=least, train_num_rays_per_batch=side**2)
 
 
 @pytest.mark.parametrize("sizes", [{}, {1: (14, HEIGHT)}])
@@ -214,16 +255,16 @@ def test_a_mask_must_hold_a_patch(tmp_path, sizes):
     folder = write_capture(tmp_path / "capture", sizes=sizes)
     add_masks(folder)
     with pytest.raises(UserError, match=r"patch-size 8: no mask leaves as much"):
-        make_manager(folder, patch_size=8)
+        make_patches(folder, patch_size=8)
     ignoring = PooledPixelSamplerConfig(ignore_mask=True)
-    found = drawn(make_manager(folder, patch_size=8, pixel_sampler=ignoring), side=8)
+    found = drawn(make_patches(folder, patch_size=8, pixel_sampler=ignoring), side=8)
     assert 0 in {x for _, _, x in found}
 
 
 def test_another_pixel_sampler_is_refused(tmp_path):
     folder = write_capture(tmp_path / "capture")
     with pytest.raises(UserError, match=r"PatchPixelSampler, .* expected PooledPixelSampler"):
-        make_manager(folder, patch_size=SIDE, pixel_sampler=PixelSamplerConfig())
+        make_patches(folder, patch_size=SIDE, pixel_sampler=PixelSamplerConfig())
 
 
 @pytest.mark.parametrize("side", [1, 10])
@@ -286,13 +327,13 @@ def test_ssim_is_as_precise_in_mixed_precision():
 def test_the_ssim_term_is_that_of_the_pixels_of_the_squared_error(tiny_config, start, background):
     config = tiny_config(ssim_weight=0.25, background_color=background)
     manager = config.pipeline.datamanager
-    manager.patch_size, manager.train_num_rays_per_batch = 11, 250
+    manager.patch_size, manager.patch_share, manager.train_num_rays_per_batch = 11, 0.75, 330
     manager.dataparser.alpha_color = None
     trainer = start(config)
     pipeline, model = trainer.pipeline, trainer.pipeline.model
     pipeline.train()
     rays, batch = pipeline.datamanager.next_train(0)
-    assert len(rays) == 242
+    assert len(rays) == 2 * 121 + 88
     outputs = model(rays)
 
     def losses_of(weight: float) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -314,7 +355,7 @@ def test_the_ssim_term_is_that_of_the_pixels_of_the_squared_error(tiny_config, s
     if background == "random":
         rendered = rendered + behind * (1 - outputs["accumulation"])
     torch.testing.assert_close(losses["rgb_loss"], F.mse_loss(rendered, true))
-    images = [x.view(2, 11, 11, 3).permute(0, 3, 1, 2) for x in (rendered, true)]
+    images = [x[:242].view(2, 11, 11, 3).permute(0, 3, 1, 2) for x in (rendered, true)]
     expected = structural_similarity_index_measure(*images, data_range=1.0)
     assert isinstance(expected, torch.Tensor) and expected < 0.99
     torch.testing.assert_close(losses["ssim_loss"], 0.25 * (1 - expected))
@@ -330,7 +371,7 @@ def test_patches_and_ssim_train(tiny_config, train):
     """Also on from where training keeps to pixels that can see something."""
     config = tiny_config(steps=20, ssim_weight=0.1)
     manager = dataclasses.replace(
-        config.pipeline.datamanager, patch_size=11, train_num_rays_per_batch=370
+        config.pipeline.datamanager, patch_size=11, train_num_rays_per_batch=500
     )
     config.pipeline.datamanager = manager
     trainer, losses = train(config)
