@@ -102,12 +102,14 @@ def export_run(
     if psnr is not None:
         meta["psnr"] = round(psnr, 4)
     scene = run.scene(meta)
-    if profile == "paper":  # which knows floats only: those that the integers stand for
+    if profile == "paper":  # as it is there: floats, those that integers stand for, and all cells
         networks = {
             name: array.to_floats() if isinstance(array, codec.QuantisedArray) else array
             for name, array in scene.networks.items()
         }
-        scene = replace(scene, networks=networks)
+        known = run.model.occupancy.is_known
+        cells = run.model.occupancy.cells.cpu().numpy() if known else None
+        scene = replace(scene, networks=networks, occupancy=cells)
     path.parent.mkdir(parents=True, exist_ok=True)
     codec.write(path, scene, profile)
     return path, codec.describe(path.read_bytes())

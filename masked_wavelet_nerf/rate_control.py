@@ -98,7 +98,9 @@ class RateControl(nn.Module):
     def _rest_bytes(self) -> Float[Tensor, ""]:
         field, occupancy = self._parts
         if self._side is None or self._side[0] is not occupancy.cells:
-            side = estimate_side_bytes(occupancy.cells, self._num_cameras)
+            cells = stored_occupancy(occupancy, field.resolution)
+            stored = occupancy.cells if cells is None else torch.from_numpy(cells)
+            side = estimate_side_bytes(stored.to(occupancy.cells), self._num_cameras)
             count = sum(weights.numel() for weights in field.networks().values())
             rule = side + estimate_network_bytes(count, field.config.network_bits)
             self._side = occupancy.cells, rule
@@ -120,7 +122,7 @@ class RateControl(nn.Module):
             bits=self.bits,
             grids=(),
             networks=stored_networks(field),
-            occupancy=stored_occupancy(occupancy),
+            occupancy=stored_occupancy(occupancy, field.resolution),
             cameras=None,
         )
         frame = estimate_side_bytes(torch.zeros(1, 1, 1, dtype=torch.bool), self._num_cameras)

@@ -11,6 +11,7 @@ import torch
 from test_codec_scenes import make_cameras
 
 import masked_wavelet_codec as codec
+from masked_wavelet_nerf import scene
 from masked_wavelet_nerf.errors import UserError
 from masked_wavelet_nerf.field import FieldConfig, WaveletPlaneField
 from masked_wavelet_nerf.rate_control import RateControl
@@ -103,6 +104,39 @@ def test_a_measured_estimate_is_that_of_the_file(settings):
         assert whole - rest == pytest.approx(found["coefficients"], rel=0.05)
         assert rest - FRAME == pytest.approx(found["networks"] + found["occupancy"], rel=0.03)
         close_more(model)
+
+
+def test_the_estimate_knows_that_occupancy_is_stored_half_as_fine(monkeypatch):
+    rate, model = make()
+    whole = float(rate.estimate(kept(model)))
+    monkeypatch.setattr(scene, "_FEW_CELLS", 0)
+    rate, half = RateControl(model.field, model.occupancy, 20, None), model.occupancy.halved().cells
+    fewer = sum(
+        int(model.occupancy.cells.diff(dim=axis).sum()) - int(half.diff(dim=axis).sum())
+        for axis in range(3)
+    )
+    assert whole - float(rate.estimate(kept(model))) == pytest.approx(fewer * 0.46 / 8, rel=1e-3)
+    rate.measure(kept(model), False)
+    rest = float(rate.estimate([torch.tensor([0])]))
+    found = parts(model)
+    assert rest - FRAME == pytest.approx(found["networks"] + found["occupancy"], rel=0.03)
+
+
+def test_occupancy_is_stored_half_as_fine_as_planes_once(monkeypatch):
+    _, model = make(side=48)
+    model.occupancy.cells = ball(48, 17)
+    monkeypatch.setattr(scene, "_FEW_CELLS", 48**3)
+    stored = scene_from_model(model, 8, {}, None).occupancy
+    np.testing.assert_array_equal(stored, ball(48, 17).numpy())
+    monkeypatch.setattr(scene, "_FEW_CELLS", 48**3 - 1)
+    for _ in range(2):  # what is decoded is written as it is
+        stored = scene_from_model(model, 8, {}, None).occupancy
+        assert stored.shape == (24, 24, 24)
+        model.occupancy.cells = torch.from_numpy(stored)
+    np.testing.assert_array_equal(
+        stored,
+        ball(48, 17).unfold(0, 2, 2).unfold(1, 2, 2).unfold(2, 2, 2).flatten(3).any(-1).numpy(),
+    )
 
 
 def test_between_measurements_the_estimate_follows_what_is_kept():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -342,6 +343,21 @@ def test_coarsened_is_occupied_wherever_the_fine_one_is(size, factor):
         assert not (fine(points) & ~coarse(points)).any()
         np.testing.assert_array_equal(fine.cells.numpy(), cells)
     assert not occupancy(np.zeros(size, dtype=bool)).coarsened(factor).cells.any()
+
+
+def test_halved_is_occupied_where_occupied_nodes_are_nearest_to():
+    for size in ((7, 5, 9), (8, 6, 2), (1, 3, 11)):
+        cells = random_cells(*size, fraction=0.2)
+        expected = np.zeros([(n + 1) // 2 for n in size], dtype=bool)
+        for place in np.argwhere(cells):
+            at = [
+                round(Fraction(i * (m - 1), max(n - 1, 1)))
+                for i, m, n in zip(place.tolist(), expected.shape, size, strict=True)
+            ]
+            expected[tuple(at)] = True
+        found = occupancy(cells).halved().cells.numpy()
+        assert found.shape == expected.shape
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_coarsened_still_skips():
