@@ -428,7 +428,9 @@ class Cells(NamedTuple):
 
 def packed_cells(cells: Bool[Tensor, "X Y Z"]) -> Cells:
     """As :func:`occupied_samples` takes them."""
-    return Cells(np.packbits(_flat(cells), bitorder="little"), tuple(cells.shape))
+    bits = np.packbits(_flat(cells), bitorder="little")
+    # A loop that asks for many nodes at once looks at the first where it is outside.
+    return Cells(bits if bits.size else np.zeros(1, np.uint8), tuple(cells.shape))
 
 
 def occupied_samples(

@@ -422,6 +422,14 @@ def test_occupied_places_at_nodes_and_borders():
                 assert (found != grid(points)).float().mean() < 0.02
 
 
+def test_a_grid_without_nodes_is_occupied_nowhere():
+    rays = torch.zeros(3, 3), torch.ones(3, 3), torch.zeros(3, 1), torch.ones(3, 1)
+    for size in ((0, 4, 4), (4, 0, 4), (0, 0, 0)):
+        cells = native.packed_cells(torch.ones(size, dtype=torch.bool))
+        assert cells.bits.tolist() == [0]
+        assert len(native.occupied_samples(*rays, 0.1, 9, cells)[0]) == 0
+
+
 WILD = """
 import torch
 from masked_wavelet_nerf import native
