@@ -12,7 +12,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 import masked_wavelet_codec as codec
 from masked_wavelet_nerf import recode, report
 from masked_wavelet_nerf.runs import Evaluation, Run, evaluate, open_run
-from masked_wavelet_nerf.scene import load_scene_into
+from masked_wavelet_nerf.scene import load_scene_into, stored_occupancy
 
 ProfileName = Literal["range", "paper"]
 
@@ -107,9 +107,8 @@ def export_run(
             name: array.to_floats() if isinstance(array, codec.QuantisedArray) else array
             for name, array in scene.networks.items()
         }
-        known = run.model.occupancy.is_known
-        cells = run.model.occupancy.cells.cpu().numpy() if known else None
-        scene = replace(scene, networks=networks, occupancy=cells)
+        every_cell = stored_occupancy(run.model.occupancy)
+        scene = replace(scene, networks=networks, occupancy=every_cell)
     path.parent.mkdir(parents=True, exist_ok=True)
     codec.write(path, scene, profile)
     return path, codec.describe(path.read_bytes())

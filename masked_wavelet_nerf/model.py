@@ -158,6 +158,7 @@ class MaskedWaveletModel(Model):
         self.occupancy = OccupancyGrid()
         self.renderer_rgb = RGBRenderer(background_color=config.background_color)
         self.image_metrics = ImageMetrics()
+        self._patch_size = 1
         self._pixel_sampler: PooledPixelSampler | None = None
         self._spatial: SpatialField | None = None
         self._proposal_of_spatial: unbounded.Proposal | None = None
@@ -424,9 +425,8 @@ class MaskedWaveletModel(Model):
         if not self.training:
             return losses
         if config.ssim_weight > 0:
-            assert self._pixel_sampler is not None
-            side = self._pixel_sampler.patch_size
-            in_patches = slice(self._pixel_sampler.num_patches * side**2)
+            side, sampler = self._patch_size, self._pixel_sampler
+            in_patches = slice(None if sampler is None else sampler.num_patches * side**2)
             ssim = patch_ssim(rendered[in_patches], true[in_patches], side)
             losses["ssim_loss"] = config.ssim_weight * (1 - ssim)
         spatial = self._spatial_of_step
@@ -584,15 +584,15 @@ class MaskedWaveletModel(Model):
             return
         manager = attributes.pipeline.datamanager  # pyright: ignore[reportOptionalMemberAccess]
         assert isinstance(manager, VanillaDataManager)
-        sampler = manager.train_pixel_sampler
-        pooled = sampler if isinstance(sampler, PooledPixelSampler) else None
-        side = pooled.patch_size if pooled is not None else 1
-        if side < SSIM_WINDOW:
+        self._patch_size = manager.config.patch_size
+        if self._patch_size < SSIM_WINDOW:
             raise UserError(
                 f"ssim-weight needs patches as large as SSIM's window, {SSIM_WINDOW} pixels, or "
-                f"larger, not of {side}: set --pipeline.datamanager.patch-size"
+                f"larger, not of {self._patch_size}: set --pipeline.datamanager.patch-size"
             )
-        self._pixel_sampler = pooled
+        # Other samplers draw patches alone.
+        sampler = manager.train_pixel_sampler
+        self._pixel_sampler = sampler if isinstance(sampler, PooledPixelSampler) else None
 
     def _find_region(self, attributes: TrainingCallbackAttributes) -> None:
         """At the start of a training, where an unbounded scene is looked at."""

@@ -24,7 +24,12 @@ from masked_wavelet_nerf.rate import (
     to_prices,
 )
 from masked_wavelet_nerf.sampling import OccupancyGrid
-from masked_wavelet_nerf.scene import stored_grids, stored_networks, stored_occupancy
+from masked_wavelet_nerf.scene import (
+    condensed,
+    stored_grids,
+    stored_networks,
+    stored_occupancy,
+)
 
 _BITS = 8
 """Width of stored integers where training goes without a quantiser."""
@@ -98,9 +103,8 @@ class RateControl(nn.Module):
     def _rest_bytes(self) -> Float[Tensor, ""]:
         field, occupancy = self._parts
         if self._side is None or self._side[0] is not occupancy.cells:
-            cells = stored_occupancy(occupancy, field.resolution)
-            stored = occupancy.cells if cells is None else torch.from_numpy(cells)
-            side = estimate_side_bytes(stored.to(occupancy.cells), self._num_cameras)
+            stored = condensed(occupancy, field.resolution)
+            side = estimate_side_bytes(stored.cells, self._num_cameras)
             count = sum(weights.numel() for weights in field.networks().values())
             rule = side + estimate_network_bytes(count, field.config.network_bits)
             self._side = occupancy.cells, rule
@@ -122,7 +126,7 @@ class RateControl(nn.Module):
             bits=self.bits,
             grids=(),
             networks=stored_networks(field),
-            occupancy=stored_occupancy(occupancy, field.resolution),
+            occupancy=stored_occupancy(condensed(occupancy, field.resolution)),
             cameras=None,
         )
         frame = estimate_side_bytes(torch.zeros(1, 1, 1, dtype=torch.bool), self._num_cameras)

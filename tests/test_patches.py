@@ -378,3 +378,20 @@ def test_patches_and_ssim_train(tiny_config, train):
     assert trainer.pipeline.datamanager.train_pixel_sampler.pool is not None
     assert len(losses) == 20
     assert np.mean(list(losses.values())[-5:]) < 0.8 * np.mean(list(losses.values())[:5])
+
+
+def test_ssim_takes_all_pixels_where_other_samplers_draw_patches_alone(tiny_config, start):
+    config = tiny_config(ssim_weight=0.25)
+    manager = config.pipeline.datamanager
+    manager.patch_size, manager.patch_share, manager.train_num_rays_per_batch = 11, 1.0, 250
+    pipeline = start(config).pipeline
+    model = pipeline.model
+    pipeline.train()
+    rays, batch = pipeline.datamanager.next_train(0)
+    assert len(rays) == 242
+    outputs = model(rays)
+    expected = patch_ssim(outputs["rgb"], batch["image"][:, :3], 11)
+    for sampler in (model._pixel_sampler, None):
+        model._pixel_sampler = sampler
+        losses = model.get_loss_dict(outputs, batch)
+        torch.testing.assert_close(losses["ssim_loss"], 0.25 * (1 - expected))

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -31,7 +32,7 @@ from test_stored_capture import (
 )
 
 import masked_wavelet_codec as codec
-from masked_wavelet_nerf import cli
+from masked_wavelet_nerf import cli, scene
 from masked_wavelet_nerf.dataparsers.captures import MissingCaptureError
 from masked_wavelet_nerf.errors import RefusedFileError
 from masked_wavelet_nerf.export import export_run
@@ -392,6 +393,14 @@ def test_the_button_writes_what_an_export_writes(trainer, tmp_path, capsys):
     assert f"{path.stat().st_size:,} bytes" in line.content
     assert str(path) in capsys.readouterr().out
     assert {p.name for p in tmp_path.iterdir()} == {"scene.mwnf", "expected.mwnf"}
+
+
+def test_only_the_papers_profile_holds_occupancy_as_fine_as_planes(trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr(scene, "_FEW_CELLS", 0)
+    run, occupancy = run_of(trainer, 3), trainer.pipeline.model.occupancy
+    for profile, expected in (("paper", occupancy), ("range", occupancy.halved())):
+        path, _ = export_run(run, tmp_path / f"{profile}.mwnf", profile=profile)
+        np.testing.assert_array_equal(codec.read(path).occupancy, expected.cells.numpy())
 
 
 def test_sliders_do_not_change_what_is_written(trainer, tmp_path):

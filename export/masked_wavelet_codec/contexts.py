@@ -193,7 +193,7 @@ def fit_weights(features: np.ndarray, kept: np.ndarray, counts: np.ndarray) -> l
             break
 
     def nats(weights: np.ndarray) -> float:
-        chances = weights_of(logits_of(weights @ features.astype(np.int64))) / 2**16
+        chances = weights_of(logits_of(weights @ features)) / 2**16
         return -counts @ np.log(np.where(kept, chances, 1 - chances))
 
     # Where a handful is kept, features may tell all of the sample, and weights grow without bound.
