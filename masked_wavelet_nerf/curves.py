@@ -1,4 +1,4 @@
-"""Curves of bytes against PSNR, and Bjøntegaard's difference between them."""
+"""Curves of bytes against quality, and Bjøntegaard's difference between them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 class Point(NamedTuple):
-    """A file: its size, and the PSNR of what it gives."""
+    """A file: its size, and how good what it gives is."""
 
     num_bytes: float
-    psnr: float
-    """dB."""
+    quality: float
+    """PSNR in dB, or SSIM."""
 
 
 def bjontegaard_rate(reference: Sequence[Point], other: Sequence[Point]) -> float:
@@ -39,7 +39,7 @@ def bjontegaard_rate(reference: Sequence[Point], other: Sequence[Point]) -> floa
     Raises:
         UserError: if PSNR does not rise with bytes, or the curves share no PSNR.
     """
-    one, two = ([(p.psnr, math.log(p.num_bytes)) for p in c] for c in (reference, other))
+    one, two = ([(p.quality, math.log(p.num_bytes)) for p in c] for c in (reference, other))
     return math.exp(_mean_difference(one, two, "PSNR")) - 1
 
 
@@ -51,7 +51,7 @@ def bjontegaard_psnr(reference: Sequence[Point], other: Sequence[Point]) -> floa
     Raises:
         UserError: if PSNR does not rise with bytes, or the curves share no size.
     """
-    one, two = ([(math.log(p.num_bytes), p.psnr) for p in c] for c in (reference, other))
+    one, two = ([(math.log(p.num_bytes), p.quality) for p in c] for c in (reference, other))
     return _mean_difference(one, two, "size")
 
 
@@ -77,14 +77,14 @@ def label(name: str) -> str:
     return name.replace("$", r"\$")
 
 
-def draw(axes: Axes, curves: Mapping[str, Sequence[Point]]) -> None:
-    """Draws the curves; bytes in a logarithmic scale."""
+def draw(axes: Axes, curves: Mapping[str, Sequence[Point]], quality: str = "PSNR, dB") -> None:
+    """Draws the curves; bytes in a logarithmic scale, ``quality`` is what the other axis says."""
     from matplotlib import ticker
 
     for name, points in curves.items():
         axes.plot(
             [p.num_bytes / 1000 for p in points],
-            [p.psnr for p in points],
+            [p.quality for p in points],
             marker="o",
             markersize=4,
             label=label(name.replace("_", " ")),
@@ -101,6 +101,6 @@ def draw(axes: Axes, curves: Mapping[str, Sequence[Point]]) -> None:
     else:  # all within a step from one to the next
         axes.xaxis.set_major_locator(ticker.MaxNLocator(4))
     axes.set_xlabel("kilobytes")
-    axes.set_ylabel("PSNR, dB")
+    axes.set_ylabel(quality)
     axes.grid(visible=True, alpha=0.3)
     axes.legend(fontsize="small")

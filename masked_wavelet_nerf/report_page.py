@@ -7,7 +7,7 @@ import datetime
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import jinja2
 import tyro
@@ -18,6 +18,9 @@ from masked_wavelet_nerf.errors import UserError
 from masked_wavelet_nerf.files import replace_file
 from masked_wavelet_nerf.report_tables import compare, result_rows, to_markdown
 from masked_wavelet_nerf.summary import Entry, read_entries
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _PICTURE = "side_by_side.png"
 _FIGURES = (".png", ".svg", ".pdf")
@@ -41,6 +44,8 @@ class Report:
     """Write the tables here."""
     figure: Path | None = None
     """Draw the rate-distortion curves here."""
+    perception: Path | None = None
+    """Draw the curves of bytes against SSIM here."""
     runs: Path | None = None
     """Folder that mwnerf bench --output-dir left, for pictures in the page."""
     reference: str | None = None
@@ -52,12 +57,14 @@ class Report:
         """Print, and write what is asked for."""
         if not self.rows and self.tables is None:
             raise UserError("report: expected files of rows, or --tables")
-        asked = {"--html": self.html, "--markdown": self.markdown, "--figure": self.figure}
+        drawn = {"--figure": self.figure, "--perception": self.perception}
+        asked = {"--html": self.html, "--markdown": self.markdown, **drawn}
         if not self.rows and any(asked.values()):
             flags = ", ".join(flag for flag, path in asked.items() if path)
             raise UserError(f"report: {flags} of which rows? Give files of rows")
-        if self.figure is not None and self.figure.suffix not in _FIGURES:
-            raise UserError(f"--figure {self.figure}: expected one of {', '.join(_FIGURES)}")
+        for flag, path in drawn.items():
+            if path is not None and path.suffix not in _FIGURES:
+                raise UserError(f"{flag} {path}: expected one of {', '.join(_FIGURES)}")
         if self.tables is not None:
             for path in doc_tables.update(self.tables):
                 CONSOLE.print(f"Wrote the tables of {path}")
@@ -69,12 +76,19 @@ class Report:
         if self.markdown is not None:
             self._put(self.markdown, lambda path: path.write_text(text, "utf8"))
         if self.figure is not None:
-            figure = result_figures.rate_distortion(entries)
-            kind = self.figure.suffix[1:]
-            self._put(self.figure, lambda path: figure.savefig(path, dpi=150, format=kind))
+            self._put_figure(self.figure, result_figures.rate_distortion(entries))
+        if self.perception is not None:
+            figure = result_figures.rate_perception(entries)
+            if figure is None:
+                raise UserError(f"--perception {self.perception}: no row says its SSIM")
+            self._put_figure(self.perception, figure)
         if self.html is not None:
             page = to_html(entries, self.reference, self.runs)
             self._put(self.html, lambda path: path.write_text(page, "utf8"))
+
+    def _put_figure(self, path: Path, figure: Figure) -> None:
+        kind = path.suffix[1:]
+        self._put(path, lambda path: figure.savefig(path, dpi=150, format=kind))
 
     def _put(self, path: Path, write: Callable[[Path], object]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,6 +111,7 @@ def to_html(
     name, comparisons = compare(entries, reference)
     figures = [
         ("Bytes against PSNR", result_figures.rate_distortion(entries)),
+        ("Bytes against SSIM", result_figures.rate_perception(entries)),
         ("What is kept of each level", result_figures.kept_levels(entries)),
         ("Training", result_figures.training(entries)),
     ]

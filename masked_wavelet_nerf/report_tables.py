@@ -71,8 +71,9 @@ def result_rows(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
         spread, seconds = entry.spread("psnr_after"), entry.mean("train_seconds")
         line = [
             entry.name,
-            f"{entry.point.psnr:.2f}" + (f" ± {spread:.2f}" if spread is not None else ""),
-            f"{entry.point.num_bytes:,.0f}",
+            _shown(entry.mean("psnr_after"), ".2f")
+            + ("" if spread is None else f" ± {spread:.2f}"),
+            _shown(entry.mean("bytes"), ",.0f"),
             _shown(entry.mean("ssim"), ".4f"),
             _shown(entry.mean("dropped"), ".1%"),
             "–" if seconds is None else f"{seconds / 60:.1f}",

@@ -24,6 +24,16 @@ def rate_distortion(entries: Sequence[Entry]) -> Figure:
     return figure
 
 
+def rate_perception(entries: Sequence[Entry]) -> Figure | None:
+    """Bytes against SSIM, a line for each curve; None where rows do not say it."""
+    curves = curves_of(entries, "ssim")
+    if not curves:
+        return None
+    figure = _figure(8.0, 4.8)
+    draw(figure.add_subplot(), curves, "SSIM")
+    return figure
+
+
 def kept_levels(entries: Sequence[Entry]) -> Figure | None:
     """The share of coefficients that is kept, level by level; None where rows do not say it."""
     known = [entry for entry in entries if entry.rows[0].get("kept_by_level")][:_MOST_LINES]

@@ -62,12 +62,11 @@ class Entry:
                 freedoms += len(values) - 1
         return (squares / freedoms) ** 0.5 if freedoms else None
 
-    @property
-    def point(self) -> Point:
-        """Bytes and PSNR of what is decoded."""
-        num_bytes, psnr = self.mean("bytes"), self.mean("psnr_after")
-        assert num_bytes is not None and psnr is not None
-        return Point(num_bytes, psnr)
+    def point(self, quality: str = "psnr_after") -> Point | None:
+        """Bytes and this of what is decoded; None if a row does not have it."""
+        num_bytes, found = self.mean("bytes"), self.mean(quality)
+        assert num_bytes is not None
+        return None if found is None else Point(num_bytes, found)
 
 
 def read_entries(paths: Sequence[Path]) -> list[Entry]:
@@ -110,8 +109,8 @@ def _hashable(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def curves_of(entries: Iterable[Entry]) -> dict[str, list[Point]]:
-    """Points by curve, sorted by size.
+def curves_of(entries: Iterable[Entry], quality: str = "psnr_after") -> dict[str, list[Point]]:
+    """Points by curve, sorted by size; without entries whose rows do not have this quality.
 
     A curve is a sweep's variant, or else all of a file; it is named by as little as tells it from
     the others.
@@ -119,7 +118,9 @@ def curves_of(entries: Iterable[Entry]) -> dict[str, list[Point]]:
     points: dict[tuple[str, ...], list[Point]] = {}
     for entry in entries:
         of = (entry.variant or entry.preset, entry.preset) if entry.place else (entry.source, "")
-        points.setdefault((*of, entry.export, entry.source), []).append(entry.point)
+        point = entry.point(quality)
+        if point is not None:
+            points.setdefault((*of, entry.export, entry.source), []).append(point)
     return {_name(key, [*points]): sorted(found) for key, found in points.items()}
 
 

@@ -182,6 +182,21 @@ def test_tables_and_figure_are_written(two_curves, tmp_path, capsys):
     assert len(colours) > 100  # lines, marks and words
 
 
+def test_quality_as_people_see_it_is_drawn_against_bytes(write, tmp_path):
+    points = ((400_000, 32.0, 0.98), (100_000, 30.0, 0.95))
+    path = write("rows", *(row(preset=f"p{b}", bytes=b, psnr_after=p, ssim=s) for b, p, s in points))
+    entries = read_entries([Path(path)])
+    (axes,) = result_figures.rate_perception(entries).axes
+    (line,) = axes.lines
+    assert line.get_xydata() == pytest.approx(np.array([[100, 0.95], [400, 0.98]]))
+    assert axes.get_ylabel() == "SSIM"
+    (axes,) = result_figures.rate_distortion(entries).axes
+    assert axes.get_ylabel() == "PSNR, dB"
+    picture = tmp_path / "curves.svg"
+    assert main(["report", path, "--perception", str(picture)]) == 0
+    assert picture.read_text().startswith("<?xml")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -189,6 +204,8 @@ def test_tables_and_figure_are_written(two_curves, tmp_path, capsys):
         (["{folder}/gone.jsonl"], "gone.jsonl: expected rows"),
         (["{folder}/p.toml"], "p.toml: expected rows"),
         (["{rows}", "--figure", "{folder}/curves.doc"], "curves.doc"),
+        (["{rows}", "--perception", "{folder}/curves.doc"], "--perception {folder}/curves.doc"),
+        (["{rows}", "--perception", "{folder}/curves.png"], "no row says its SSIM"),
         (["--tables", "{folder}/gone.toml"], "gone.toml"),
         (["--tables", "{folder}/p.toml"], "p.toml: [run]: expected file, columns and rows"),
         # Of which rows?
@@ -198,10 +215,10 @@ def test_tables_and_figure_are_written(two_curves, tmp_path, capsys):
 def test_the_command_says_what_is_wrong(write, tmp_path, capsys, arguments, message):
     (tmp_path / "p.toml").write_text('[run]\nmethod = "m"\n')
     (tmp_path / "empty.toml").write_text("")
-    places = {"folder": tmp_path, "rows": write("rows", row())}
+    places = {"folder": tmp_path, "rows": write("rows", row(ssim=None))}
     assert main(["report", *(word.format(**places) for word in arguments)]) == 2
     error = capsys.readouterr().err
-    assert message in error
+    assert message.format(**places) in error
     assert len(error.strip().splitlines()) == 1
 
 
@@ -260,7 +277,7 @@ def test_the_page_stands_alone(two_curves, write, tmp_path):
     found = page(path)
     tags = [tag for tag, _ in found.elements]
     assert not {"script", "link", "iframe", "object", "embed", "base", "form"} & set(tags)
-    assert tags.count("svg") == 3
+    assert tags.count("svg") == 4
     assert [link for link in found.links if not link.startswith("#")] == []
     assert len(found.links) > 10  # figures refer to their own marks
     text = path.read_text("utf8")
@@ -394,7 +411,7 @@ def test_rows_of_other_commands_are_refused_by_name(tmp_path, capsys):
     assert "peers_lego_100.jsonl: row 1 is none of mwnerf bench" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag", ["--html", "--markdown", "--figure"])
+@pytest.mark.parametrize("flag", ["--html", "--markdown", "--figure", "--perception"])
 def test_a_failed_write_leaves_the_old_file(write, tmp_path, monkeypatch, capsys, flag):
     folder = tmp_path / "out"
     folder.mkdir()

@@ -123,8 +123,9 @@ def test_a_mean_is_over_scenes_of_means_over_seeds(entries):
     )
     assert entry.mean("psnr_after") == pytest.approx((31 + 21) / 2)  # of all rows: 25
     assert entry.mean("bytes") == pytest.approx((200 + 30) / 2)
-    assert entry.point == pytest.approx((115, 26))
-    assert isinstance(entry.point, Point)
+    assert entry.point() == pytest.approx((115, 26))
+    assert isinstance(entry.point(), Point)
+    assert entry.point("what no row has") is None
     assert entry.scenes == ["a", "b"]
     assert entry.seeds == [1, 2, 3]
 
@@ -179,7 +180,7 @@ def test_the_same_preset_in_two_files_is_two_entries(tmp_path):
     for name, num_bytes in (("before", 100), ("after", 50)):
         add_rows(tmp_path / f"{name}.jsonl", [row(bytes=num_bytes)])
     found = read_entries([tmp_path / "before.jsonl", tmp_path / "after.jsonl"])
-    assert [(entry.source, entry.point.num_bytes) for entry in found] == [
+    assert [(entry.source, entry.mean("bytes")) for entry in found] == [
         ("before", 100),
         ("after", 50),
     ]
@@ -278,6 +279,15 @@ def test_rows_outside_of_a_sweep_are_one_curve_of_their_file(entries):
         name="presets.jsonl",
     )
     assert curves_of(found) == {"presets": [Point(100, 31), Point(200, 32), Point(300, 33)]}
+
+
+def test_curves_of_another_quality_have_the_rows_that_say_it(entries):
+    found = entries(
+        row(variant="v", place={"w": 1}, bytes=100, ssim=0.9),
+        row(variant="v", place={"w": 2}, bytes=200),
+        row(variant="u", place={"w": 1}, bytes=100),
+    )
+    assert curves_of(found, "ssim") == {"v": [Point(100, 0.9)]}
 
 
 def test_exports_are_curves_of_their_own(entries):
