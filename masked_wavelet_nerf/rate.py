@@ -84,7 +84,7 @@ _MASK_SHARE = 0.64
 _BITS_SAVED = 1.0
 _NETWORK_BITS_SAVED = 1.8
 _BITS_PER_FACE = 0.46
-_BYTES_PER_CAMERA = 51
+_BYTES_PER_CAMERA = 20
 _REST = 1440
 """How the coder does on trained models; fitted to files of lego_100 of 6 to 8 bits, 95 to 99.5 %
 dropped, of which whole files were never more than 5 % off."""

@@ -14,7 +14,7 @@ import zlib
 
 PAPER, RANGE = 1, 2
 META, CAMERAS, NETWORKS, OCCUPANCY, GRIDS, MASK, VALUES = range(1, 8)
-COEFFICIENTS, CODED_NETWORKS, CODED_OCCUPANCY = range(8, 11)
+COEFFICIENTS, CODED_NETWORKS, CODED_OCCUPANCY, CODED_CAMERAS = range(8, 12)
 LEVELS = (MASK, VALUES, COEFFICIENTS)
 
 
@@ -132,7 +132,7 @@ def read_sections(data: bytes) -> tuple[int, dict, bool]:
         check(zlib.crc32(data[start : start + 8] + payload) == crc, "a section's checksum differs")
         check((kind, index) not in seen, "a section comes twice")
         seen.add((kind, index))
-        if META <= kind <= CODED_OCCUPANCY:
+        if META <= kind <= CODED_CAMERAS:
             check(flags in (0, 1), "an unknown flag")
             sections[kind, index] = payload
         else:
@@ -153,6 +153,9 @@ def decode(data: bytes) -> dict:
     scene["bits"], scene["grids"] = read_grids(Fields(sections[GRIDS, 0]))
     if (CAMERAS, 0) in sections:
         scene["cameras"] = read_cameras(Fields(sections[CAMERAS, 0]))
+        check((CODED_CAMERAS, 0) not in sections, "cameras come twice")
+    elif (CODED_CAMERAS, 0) in sections:
+        scene["cameras"] = read_coded_cameras(Fields(sections[CODED_CAMERAS, 0]))
     if paper:
         scene["networks"] = read_networks(Fields(sections[NETWORKS, 0]))
         if (OCCUPANCY, 0) in sections:
@@ -164,6 +167,7 @@ def decode(data: bytes) -> dict:
     levels = max((len(grid["bands"]) for grid in scene["grids"]), default=0)
     own = {META: 1, CAMERAS: 1, GRIDS: 1}
     own |= {NETWORKS: 1, OCCUPANCY: 1} if paper else {CODED_NETWORKS: 1, CODED_OCCUPANCY: 1}
+    own |= {} if paper else {CODED_CAMERAS: 1}
     own |= {MASK: levels, VALUES: levels} if paper else {COEFFICIENTS: levels}
     for kind, index in sections:
         check(index < own.get(kind, 0), "a section that this file has no use for")
@@ -203,19 +207,55 @@ def read_meta(fields: Fields) -> dict:
 
 
 def read_cameras(fields: Fields) -> list[dict]:
-    count = fields.varint()
-    planes = fields.block(101 * count)
     cameras = []
-    for n in range(count):
-        record = Fields(bytes(planes[byte * count + n] for byte in range(101)))
-        camera = {"camera_to_world": nested(list(record.numbers("12f")), [3, 4])}
-        camera["fx"], camera["fy"], camera["cx"], camera["cy"] = record.numbers("4f")
-        camera["width"], camera["height"] = record.numbers("2i")
-        camera["distortion"] = list(record.numbers("6f"))
-        camera["camera_type"], camera["split"] = record.numbers("iB")
-        record.end()
-        cameras.append(camera)
+    for record in read_records(fields, 101):
+        pose = nested(list(record.numbers("12f")), [3, 4])
+        cameras.append({"camera_to_world": pose, **read_lens(record)})
     return cameras
+
+
+def read_coded_cameras(fields: Fields) -> list[dict]:
+    exponent = fields.u8() - 128
+    cameras = []
+    for record in read_records(fields, 77):
+        numbers = [u // 2 if u % 2 == 0 else -(u + 1) // 2 for u in record.numbers("6I")]
+        turn, place = numbers[:3], numbers[3:]
+        check(all(abs(k) <= 2**19 for k in turn), "a turn is out of range")
+        check(all(abs(k) <= 2**18 for k in place), "a place is out of range")
+        p = [k / 2**19 for k in turn]
+        s = p[0] ** 2 + p[1] ** 2 + p[2] ** 2
+        w, x, y, z = 1 - s, 2 * p[0], 2 * p[1], 2 * p[2]
+        rotation = [
+            [w * w + x * x - y * y - z * z, 2 * (x * y - w * z), 2 * (x * z + w * y)],
+            [2 * (x * y + w * z), w * w - x * x + y * y - z * z, 2 * (y * z - w * x)],
+            [2 * (x * z - w * y), 2 * (y * z + w * x), w * w - x * x - y * y + z * z],
+        ]
+        pose = [
+            [f32(entry / (1 + s) ** 2) for entry in row] + [f32(k * 2.0 ** (exponent - 18))]
+            for row, k in zip(rotation, place, strict=True)
+        ]
+        cameras.append({"camera_to_world": pose, **read_lens(record)})
+    return cameras
+
+
+def f32(number: float) -> float:
+    return struct.unpack("<f", struct.pack("<f", number))[0] or 0.0
+
+
+def read_records(fields: Fields, size: int) -> list[Fields]:
+    count = fields.varint()
+    planes = fields.block(size * count)
+    return [Fields(bytes(planes[byte * count + n] for byte in range(size))) for n in range(count)]
+
+
+def read_lens(record: Fields) -> dict:
+    lens: dict = dict(zip(("fx", "fy", "cx", "cy"), record.numbers("4f"), strict=True))
+    lens["width"], lens["height"] = record.numbers("2i")
+    lens["distortion"] = list(record.numbers("6f"))
+    lens["camera_type"], lens["split"] = record.numbers("iB")
+    record.end()
+    check(lens["split"] in (0, 1), "a camera is of no split")
+    return lens
 
 
 def read_networks(fields: Fields) -> dict:

@@ -98,6 +98,7 @@ def test_ids_stay_as_they_were_assigned():
         "COEFFICIENTS": 8,
         "CODED_NETWORKS": 9,
         "CODED_OCCUPANCY": 10,
+        "CODED_CAMERAS": 11,
     }
     assert {kind.name: int(kind) for kind in Profile} == {"PAPER": 1, "RANGE": 2}
 
@@ -132,9 +133,9 @@ def set_flags(data: bytes, number: int, flags: int) -> bytes:
 def test_unknown_required_section_is_refused_with_the_version_needed(data):
     changed = rebuild(data, [*sections_of(data), Section(77, 0, b"")])
     refuse(
-        with_header(changed, minor=3),
-        r"section unknown type 77: required; the file needs format version 1\.3 or later, "
-        r"this codec reads 1\.2; update",
+        with_header(changed, minor=4),
+        r"section unknown type 77: required; the file needs format version 1\.4 or later, "
+        r"this codec reads 1\.3; update",
     )
 
 

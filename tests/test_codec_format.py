@@ -12,7 +12,14 @@ from pathlib import Path
 import format_reader as reader
 import numpy as np
 import pytest
-from test_codec_scenes import make_band, make_cameras, make_line, make_plane, make_scene
+from test_codec_scenes import (
+    make_band,
+    make_cameras,
+    make_line,
+    make_plane,
+    make_posed_cameras,
+    make_scene,
+)
 
 import masked_wavelet_codec as codec
 
@@ -130,6 +137,7 @@ def scenes() -> dict[str, codec.Scene]:
         "2 bits": make_scene(2),
         "16 bits": make_scene(16),
         "nothing optional": codec.Scene({}, 8, (make_line("a", 5, 2),), {}, None, None),
+        "coded cameras": make_scene(cameras=make_posed_cameras(9)),
         "no grids": codec.Scene({"a": -0.0}, 2, (), {}, None, make_cameras(1)),
         "odd planes": scene_of_grids(
             make_plane("formula", (37, 21), 3, levels=3), smooth_plane("smooth", halves, 2, seed=1)

@@ -1,6 +1,7 @@
 """Files written once, pinned byte for byte: they are read and written like this for ever.
 
 Those of profile ``paper`` are of format 1.0, those of ``range`` of 1.1; with voxels, of 1.2.
+Coded cameras came with 1.3.
 To write them anew after a deliberate change of the format (with a new version): run this module.
 """
 
@@ -14,6 +15,7 @@ from test_codec_scenes import (
     make_cameras,
     make_line,
     make_plane,
+    make_posed_cameras,
     make_scene,
     with_integers,
 )
@@ -45,11 +47,13 @@ def scene_of(name: str) -> codec.Scene:
             make_line("line", 9, 3, residue=1),
         )
         return codec.Scene({}, 8, grids, {}, None, None)
+    if name == "poses":
+        return codec.Scene({}, 2, (), {}, None, make_posed_cameras(5))
     assert name == "empty"
     return codec.Scene({}, 2, (), {}, None, make_cameras(0))
 
 
-KINDS = ("8-bit", "12-bit", "sparse", "empty", "voxels")
+KINDS = ("8-bit", "12-bit", "sparse", "empty", "voxels", "poses")
 NAMES = [f"{profile}-{name}" for profile in PROFILES for name in KINDS]
 
 

@@ -13,7 +13,14 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from test_codec_scenes import PROFILES, make_line, make_plane, make_scene, with_integers
+from test_codec_scenes import (
+    PROFILES,
+    make_line,
+    make_plane,
+    make_posed_cameras,
+    make_scene,
+    with_integers,
+)
 
 import masked_wavelet_codec as codec
 from masked_wavelet_codec import container, huffman, layout, runlength
@@ -97,7 +104,10 @@ def damaged_scene(bits: int, profile: str) -> codec.Scene:
     scene = small_scene(bits)
     if profile == "paper":
         return scene
-    return with_integers(dataclasses.replace(scene, occupancy=scene.occupancy[2:6, 3:8, 3:8]))
+    scene = dataclasses.replace(
+        scene, occupancy=scene.occupancy[2:6, 3:8, 3:8], cameras=make_posed_cameras(6)
+    )
+    return with_integers(scene)
 
 
 def ends_of_sections(data: bytes) -> dict[int, str]:
@@ -536,6 +546,56 @@ def test_camera_of_an_unknown_split():
     refuse(payload_of(1, b"\0", bytes(100) + b"\2"), "cameras", "neither for training nor")
 
 
+POSED = dataclasses.replace(small_scene(), cameras=make_posed_cameras(2))
+
+
+def coded_camera(turn: int = 0, place: int = 0, split: int = 0) -> bytes:
+    """A record in which the first integers of turn and place are these, as they are stored."""
+    record = struct.pack("<6I", turn, 0, 0, place, 0, 0) + bytes(52) + bytes([split])
+    return payload_of(b"\x80", 1, b"\0", record)
+
+
+@pytest.mark.parametrize(
+    ("payload", "match"),
+    [
+        (coded_camera(turn=2**20 + 1), "more than half a turn"),
+        (coded_camera(turn=2**20 + 2), "more than half a turn"),
+        (coded_camera(turn=2**32 - 1), "more than half a turn"),
+        (coded_camera(place=2**19 + 1), "farther away than the exponent says"),
+        (coded_camera(place=2**32 - 1), "farther away than the exponent says"),
+        (coded_camera(split=2), "neither for training nor"),
+        (coded_camera()[:-1], "does not give exactly 77 bytes|truncated|77"),
+        (payload_of(b"\x80", 2**40, b"\0"), r"needs \d+ bytes of memory"),
+        (payload_of(b"\x80", 2**60, b"\0"), r"more than 2\*\*48"),
+        (b"", "truncated"),
+    ],
+)
+def test_coded_cameras(payload, match):
+    refuse(payload, "coded_cameras", match, scene=POSED, profile="range")
+
+
+def test_coded_cameras_at_the_ends_of_their_ranges():
+    # -2**19 and 2**18, as they are stored: half a turn about x, and 1 along x.
+    data = codec.encode(POSED, "range")
+    good = codec.decode(rebuild(data, "coded_cameras", coded_camera(2**20 - 1, 2**19)))
+    assert good.cameras is not None
+    expected = [[1, 0, 0, 1], [0, -1, 0, 0], [0, 0, -1, 0]]
+    assert good.cameras.camera_to_worlds.tolist() == [expected]
+
+
+def test_cameras_that_come_in_both_ways_or_in_the_wrong_profile():
+    plain, short = (
+        next(s for s in container.parse(codec.encode(scene, "range")).sections if s.type_id == kind)
+        for scene, kind in ((small_scene(), 2), (POSED, 11))
+    )
+    for profile, extra in (("range", (plain, short)), ("paper", (short,))):
+        data = codec.encode(dataclasses.replace(small_scene(), cameras=None), profile)
+        parsed = container.parse(data)
+        data = container.build(Profile(parsed.profile_id), [*parsed.sections, *extra])
+        with pytest.raises(codec.CodecError, match="coded_cameras: not expected in this file"):
+            codec.decode(data)
+
+
 def line_scene() -> codec.Scene:
     return make_scene(grids=(make_line("line", 20, 1),))
 
@@ -597,7 +657,8 @@ def test_the_filter_takes_a_small_dictionary_whatever_the_file_says():
 def test_sections_of_types_are_all_covered_here_or_for_the_profile_range():
     names = {
         section.name.partition("[")[0]
+        for scene in (small_scene(), POSED)
         for profile in PROFILES
-        for section in container.parse(codec.encode(small_scene(), profile)).sections
+        for section in container.parse(codec.encode(scene, profile)).sections
     }
     assert names == {kind.name.lower() for kind in SectionType}

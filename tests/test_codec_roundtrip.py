@@ -18,6 +18,7 @@ from test_codec_scenes import (
     make_band,
     make_cameras,
     make_plane,
+    make_posed_cameras,
     make_scene,
     replace_band,
     with_integers,
@@ -278,13 +279,14 @@ def scenes(draw) -> codec.Scene:
     box = draw(st.none() | st.tuples(*[st.integers(0, 9)] * 3))
     num_cameras = draw(st.none() | st.integers(0, 4))
     has_integers = draw(st.booleans())
+    kinds = (make_cameras, make_posed_cameras)
     return codec.Scene(
         meta=draw(metas),
         bits=bits,
         grids=tuple(draw(grids(bits, name)) for name in draw(st.sets(names, max_size=3))),
         networks={name: array(rng, shape, has_integers) for name, shape in shapes.items()},
         occupancy=None if box is None else rng.random(box) < 0.3,
-        cameras=None if num_cameras is None else make_cameras(num_cameras),
+        cameras=None if num_cameras is None else draw(st.sampled_from(kinds))(num_cameras),
     )
 
 

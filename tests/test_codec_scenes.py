@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import masked_wavelet_codec as codec
+from masked_wavelet_codec import poses
 
 PROFILES = ("paper", "range")
 
@@ -59,6 +60,15 @@ def make_cameras(count: int) -> codec.Cameras:
         camera_type=np.ones(count, np.int32),
         split=(index % 4 == 0).astype(np.uint8),
     )
+
+
+def make_posed_cameras(count: int, exponent: int = 2) -> codec.Cameras:
+    """With poses on the lattice: turns and places over all of their ranges."""
+    k = np.arange(3 * count).reshape(-1, 3)
+    turns = k * 100_003 % 600_001 - 300_000
+    places = np.clip(k * 70_001 % 2**19 - 2**18, -(2**18), 2**18)
+    placed = poses.matrices(poses.Poses(exponent, turns, places))
+    return dataclasses.replace(make_cameras(count), camera_to_worlds=placed)
 
 
 def make_scene(bits: int = 8, **changes) -> codec.Scene:

@@ -156,7 +156,7 @@ def test_weights_of_networks_cost_a_little_less_than_their_bits(bits, of_weight)
 
 def test_the_rest_is_the_surface_of_the_occupancy_cameras_and_a_frame():
     occupied = torch.zeros(6, 7, 8, dtype=torch.bool)
-    assert float(estimate_side_bytes(occupied, 100)) == 51 * 100 + 1440
+    assert float(estimate_side_bytes(occupied, 100)) == 20 * 100 + 1440
     occupied[1:4, 2:4, 3:7] = True  # 3 × 2 × 4, inside
     faces = 2 * (3 * 2 + 2 * 4 + 3 * 4)
     assert float(estimate_side_bytes(occupied, 0)) == pytest.approx(1440 + faces * 0.46 / 8)

@@ -20,7 +20,7 @@ from masked_wavelet_nerf.scene import scene_from_model
 
 pytestmark = pytest.mark.usefixtures("one_thread", "seed")
 
-FRAME = 51 * 20 + 1440
+FRAME = 20 * 20 + 1440
 """By the rule, of a file with 20 training cameras."""
 
 

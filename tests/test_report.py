@@ -184,7 +184,9 @@ def test_tables_and_figure_are_written(two_curves, tmp_path, capsys):
 
 def test_quality_as_people_see_it_is_drawn_against_bytes(write, tmp_path):
     points = ((400_000, 32.0, 0.98), (100_000, 30.0, 0.95))
-    path = write("rows", *(row(preset=f"p{b}", bytes=b, psnr_after=p, ssim=s) for b, p, s in points))
+    path = write(
+        "rows", *(row(preset=f"p{b}", bytes=b, psnr_after=p, ssim=s) for b, p, s in points)
+    )
     entries = read_entries([Path(path)])
     (axes,) = result_figures.rate_perception(entries).axes
     (line,) = axes.lines

@@ -9,6 +9,7 @@ from masked_wavelet_codec.coefficients import Measured, measure
 from masked_wavelet_codec.description import Description, LevelInfo, SectionInfo, describe
 from masked_wavelet_codec.errors import CodecError
 from masked_wavelet_codec.files import read, write
+from masked_wavelet_codec.poses import round_poses
 from masked_wavelet_codec.scene import Band, Cameras, Grid, QuantisedArray, Scene, equal
 
 __all__ = [
@@ -29,5 +30,6 @@ __all__ = [
     "equal",
     "measure",
     "read",
+    "round_poses",
     "write",
 ]

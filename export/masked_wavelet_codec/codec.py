@@ -13,7 +13,7 @@ from masked_wavelet_codec.binary import Budget, Reader
 from masked_wavelet_codec.container import Profile, Section, SectionType
 from masked_wavelet_codec.errors import CodecError
 from masked_wavelet_codec.layout import BandLayout, encode_layout, layout_version, read_layout
-from masked_wavelet_codec.scene import BYTES_PER_COEFFICIENT, Band, Grid, Scene
+from masked_wavelet_codec.scene import BYTES_PER_COEFFICIENT, Band, Cameras, Grid, Scene
 from masked_wavelet_codec.validation import check_scene
 
 __all__ = ["DEFAULT_SIZE_LIMIT", "decode", "encode"]
@@ -82,8 +82,7 @@ def encode(scene: Scene, profile: str = "range") -> bytes:
     # What is needed to render at all comes first, so that a prefix of the file can be of use.
     sections = [Section(SectionType.META, 0, payloads.encode_meta(scene.meta))]
     if scene.cameras is not None:
-        cameras = payloads.encode_cameras(scene.cameras)
-        sections.append(Section(SectionType.CAMERAS, 0, cameras, is_required=False))
+        sections.append(_cameras_section(scene.cameras, parts.profile))
     sections.append(Section(parts.networks, 0, parts.encode_networks(scene.networks)))
     if scene.occupancy is not None:
         occupancy = parts.encode_occupancy(scene.occupancy)
@@ -128,6 +127,8 @@ def decode(
         cameras = occupancy = None
         if (SectionType.CAMERAS, 0) in sections:
             cameras = payloads.decode_cameras(take(SectionType.CAMERAS), budget)
+        elif parts.profile is Profile.RANGE and (SectionType.CODED_CAMERAS, 0) in sections:
+            cameras = coded.decode_cameras(take(SectionType.CODED_CAMERAS), budget)
         networks = parts.decode_networks(take(parts.networks), budget)
         if (parts.occupancy, 0) in sections:
             occupancy = parts.decode_occupancy(take(parts.occupancy), budget)
@@ -153,6 +154,13 @@ def decode(
         kind, index = next(iter(sections))
         raise CodecError(f"section {Section(kind, index, b'').name}: not expected in this file")
     return Scene(meta, layout.bits, grids, networks, occupancy, cameras)
+
+
+def _cameras_section(cameras: Cameras, profile: Profile) -> Section:
+    short = coded.encode_cameras(cameras) if profile is Profile.RANGE else None
+    if short is not None:
+        return Section(SectionType.CODED_CAMERAS, 0, short, is_required=False)
+    return Section(SectionType.CAMERAS, 0, payloads.encode_cameras(cameras), is_required=False)
 
 
 def _dropped(layouts: Iterable[BandLayout], budget: Budget) -> Iterator[Band]:

@@ -1,9 +1,13 @@
-"""Networks and occupancy in profile ``range``, as decisions (see ``ans``).
+"""Networks and occupancy in profile ``range``, as decisions (see ``ans``), and cameras as integers.
 
     networks   count (varint) · for each, by name: name, number of dimensions (u8), lengths
                (varints), kind (u8: 0 floats, 1 integers) · for each of the integers, step (f32) and
                model · float32 data of the floats · words
     occupancy  X, Y, Z (varints) · words
+    cameras    exponent + 128 (u8) · N (varint) · block of 77 N bytes, as in ``payloads``
+
+A record of cameras begins with turn and place (see ``poses``), six u32, which are 2 k where the
+integer k is not negative, else -2 k - 1; fields as in ``CAMERA_FIELDS`` follow, but the pose.
 
 Voxels come by ascending 3 x + 2 y + z, and those of the same number by ascending 3 x + 2 y, then x.
 Nine neighbours of a voxel have lower numbers, so they are known: they make one of 512 contexts.
@@ -16,6 +20,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from masked_wavelet_codec import poses
 from masked_wavelet_codec.ans import (
     Coder,
     Decoder,
@@ -26,11 +31,26 @@ from masked_wavelet_codec.ans import (
 from masked_wavelet_codec.binary import Budget, Reader, Writer, count_elements
 from masked_wavelet_codec.errors import CodecError
 from masked_wavelet_codec.numbers import NumberModel, code_numbers
-from masked_wavelet_codec.payloads import read_array_head, read_floats, write_array_head
-from masked_wavelet_codec.scene import QuantisedArray
-from masked_wavelet_codec.validation import LARGEST_INT16, check_step
+from masked_wavelet_codec.payloads import (
+    fields_of_records,
+    read_array_head,
+    read_floats,
+    read_records,
+    records_of_fields,
+    write_array_head,
+    write_records,
+)
+from masked_wavelet_codec.scene import Cameras, QuantisedArray
+from masked_wavelet_codec.validation import CAMERA_FIELDS, LARGEST_INT16, check_step
 
-__all__ = ["decode_networks", "decode_occupancy", "encode_networks", "encode_occupancy"]
+__all__ = [
+    "decode_cameras",
+    "decode_networks",
+    "decode_occupancy",
+    "encode_cameras",
+    "encode_networks",
+    "encode_occupancy",
+]
 
 _FLOATS, _INTEGERS = 0, 1
 _NEIGHBOURS = (
@@ -48,6 +68,11 @@ _NEIGHBOURS = (
 _MOST_FRONTS = 2**13
 """Each takes a fifth of a millisecond, however few voxels it has."""
 _NUM_CONTEXTS = 2 ** len(_NEIGHBOURS)
+_LENS = {name: layout for name, layout in CAMERA_FIELDS.items() if name != "camera_to_worlds"}
+_CAMERA = np.dtype(
+    [("turn", "<u4", (3,)), ("place", "<u4", (3,)), *((n, *layout) for n, layout in _LENS.items())]
+)
+_LOWEST_EXPONENT = poses.EXPONENTS[0]
 
 
 def encode_networks(networks: dict[str, np.ndarray | QuantisedArray]) -> bytes:
@@ -129,6 +154,42 @@ def decode_occupancy(reader: Reader, budget: Budget) -> np.ndarray:
     occupancy = _code_voxels(decoder, shape, None)
     decoder.finish()
     return occupancy
+
+
+def encode_cameras(cameras: Cameras) -> bytes | None:
+    """Payload of N cameras; None where a pose is not on the lattice of ``poses``."""
+    found = poses.on_lattice(cameras.camera_to_worlds)
+    if found is None:
+        return None
+    records = records_of_fields(cameras, _CAMERA)
+    records["turn"], records["place"] = _unsigned(found.turns), _unsigned(found.places)
+    writer = Writer()
+    writer.u8(found.exponent - _LOWEST_EXPONENT)
+    write_records(writer, records)
+    return writer.getvalue()
+
+
+def decode_cameras(reader: Reader, budget: Budget) -> Cameras:
+    """Inverse of :func:`encode_cameras`."""
+    exponent = reader.u8() + _LOWEST_EXPONENT
+    records = read_records(reader, _CAMERA, budget)
+    turns, places = _signed(records["turn"]), _signed(records["place"])
+    if np.abs(turns).max(initial=0) > 2**poses.TURN_BITS:
+        raise reader.error("a camera is turned by more than half a turn")
+    if np.abs(places).max(initial=0) > 2**poses.PLACE_BITS:
+        raise reader.error("a camera is farther away than the exponent says")
+    placed = poses.matrices(poses.Poses(exponent, turns, places))
+    return Cameras(camera_to_worlds=placed, **fields_of_records(records))
+
+
+def _unsigned(numbers: np.ndarray) -> np.ndarray:
+    """Small where numbers are, whatever their sign."""
+    return np.where(numbers < 0, -2 * numbers - 1, 2 * numbers)
+
+
+def _signed(numbers: np.ndarray) -> np.ndarray:
+    half = (numbers >> 1).astype(np.int64)
+    return np.where(numbers & 1, -half - 1, half)
 
 
 def _code_voxels(coder: Coder, shape: Sequence[int], given: np.ndarray | None) -> np.ndarray:

@@ -34,7 +34,7 @@ __all__ = [
 
 # Like PNG's: not text, and line-end translation or seven-bit transport breaks it visibly.
 MAGIC = b"\x89MWNF\r\n\x1a"
-VERSION = (1, 2)
+VERSION = (1, 3)
 """Major and minor version that this code reads and writes."""
 
 _HEADER = struct.Struct("<8s4H")
@@ -61,6 +61,7 @@ class SectionType(enum.IntEnum):
     COEFFICIENTS = 8
     CODED_NETWORKS = 9
     CODED_OCCUPANCY = 10
+    CODED_CAMERAS = 11
 
 
 _KNOWN_TYPES = frozenset(SectionType)

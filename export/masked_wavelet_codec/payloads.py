@@ -6,7 +6,8 @@
     occupancy  X, Y, Z (varints) · block of the bits, Z fastest, first in the top bit
     cameras    N (varint) · block of 101 N bytes: byte 0 of all records, byte 1 of all, …
 
-A record holds one camera, fields as in ``CAMERA_FIELDS``. Blocks: see ``blocks``.
+A record holds one camera, fields as in ``CAMERA_FIELDS``. Blocks: see ``blocks``. Profile ``range``
+has a shorter section for most cameras (see ``coded``).
 """
 
 from __future__ import annotations
@@ -32,9 +33,13 @@ __all__ = [
     "encode_meta",
     "encode_networks",
     "encode_occupancy",
+    "fields_of_records",
     "read_array_head",
     "read_floats",
+    "read_records",
+    "records_of_fields",
     "write_array_head",
+    "write_records",
 ]
 
 _MAX_META_BYTES = 2**20
@@ -175,32 +180,54 @@ def decode_occupancy(reader: Reader, budget: Budget) -> np.ndarray:
 
 
 def encode_cameras(cameras: Cameras) -> bytes:
-    """Payload of N cameras.
-
-    Transposed, each byte of a field follows that of the camera before: intrinsics that are alike
-    collapse, and poses lose a tenth.
-    """
-    records = np.zeros(len(cameras.split), _CAMERA)
-    for name in CAMERA_FIELDS:
-        records[name] = getattr(cameras, name)
-    table = records.view(np.uint8).reshape(len(records), _CAMERA.itemsize)
+    """Payload of N cameras."""
     writer = Writer()
-    writer.varint(len(records))
-    write_block(writer, table.T.tobytes())
+    write_records(writer, records_of_fields(cameras, _CAMERA))
     return writer.getvalue()
 
 
 def decode_cameras(reader: Reader, budget: Budget) -> Cameras:
-    count = count_elements((reader.varint(), _CAMERA.itemsize), reader.where) // _CAMERA.itemsize
-    budget.spend(_CAMERA.itemsize * count, reader.where)
-    data = read_block(reader, _CAMERA.itemsize * count)
-    table = np.frombuffer(data, np.uint8).reshape(_CAMERA.itemsize, count)
-    records = np.ascontiguousarray(table.T).view(_CAMERA).reshape(count)
-    if (records["split"] > 1).any():
-        raise reader.error("a camera is neither for training nor for evaluation")
+    """Inverse of :func:`encode_cameras`."""
+    return Cameras(**fields_of_records(read_records(reader, _CAMERA, budget)))
+
+
+def records_of_fields(cameras: Cameras, dtype: np.dtype) -> np.ndarray:
+    """(N,) records with those fields of cameras that ``dtype`` has; its others are zero."""
+    records = np.zeros(len(cameras.split), dtype)
+    for name in CAMERA_FIELDS.keys() & set(dtype.names or ()):
+        records[name] = getattr(cameras, name)
+    return records
+
+
+def fields_of_records(records: np.ndarray) -> dict[str, np.ndarray]:
+    """Inverse of :func:`records_of_fields`: the fields of cameras that records have, by name."""
     arrays = {}
     for name, (dtype, shape) in CAMERA_FIELDS.items():
-        native = np.dtype(dtype).newbyteorder("=")
-        # A copy: fields of records are neither contiguous nor aligned.
-        arrays[name] = np.array(records[name], native, order="C").reshape(count, *shape)
-    return Cameras(**arrays)
+        if name in (records.dtype.names or ()):
+            native = np.dtype(dtype).newbyteorder("=")
+            # A copy: fields of records are neither contiguous nor aligned.
+            arrays[name] = np.array(records[name], native, order="C").reshape(len(records), *shape)
+    return arrays
+
+
+def write_records(writer: Writer, records: np.ndarray) -> None:
+    """Appends their number (varint) and a block.
+
+    Transposed, each byte of a field follows that of the record before: intrinsics that are alike
+    collapse, and poses lose a tenth.
+    """
+    writer.varint(len(records))
+    table = records.view(np.uint8).reshape(len(records), records.dtype.itemsize)
+    write_block(writer, table.T.tobytes())
+
+
+def read_records(reader: Reader, dtype: np.dtype, budget: Budget) -> np.ndarray:
+    """Inverse of :func:`write_records`, of cameras."""
+    count = count_elements((reader.varint(), _CAMERA.itemsize), reader.where) // _CAMERA.itemsize
+    budget.spend(_CAMERA.itemsize * count, reader.where)
+    data = read_block(reader, dtype.itemsize * count)
+    table = np.frombuffer(data, np.uint8).reshape(dtype.itemsize, count)
+    records = np.ascontiguousarray(table.T).view(dtype).reshape(count)
+    if (records["split"] > 1).any():
+        raise reader.error("a camera is neither for training nor for evaluation")
+    return records
