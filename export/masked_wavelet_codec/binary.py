@@ -10,9 +10,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable
 
+import numpy as np
+
 from masked_wavelet_codec.errors import CodecError
 
-__all__ = ["Budget", "Reader", "Writer", "count_elements"]
+__all__ = ["Budget", "Reader", "Writer", "count_elements", "fold", "unfold"]
 
 _MAX_VARINT_BYTES = 9
 _MAX_ELEMENTS = 2**48
@@ -33,6 +35,16 @@ def count_elements(shape: Iterable[int], where: str) -> int:
         if product > _MAX_ELEMENTS:
             raise CodecError(f"{where}: shape of more than 2**48 elements")
     return 0 if is_empty else product
+
+
+def fold(numbers: np.ndarray) -> np.ndarray:
+    """2 v where v is not negative, else -2 v - 1: small where |v| is. int64, of any shape."""
+    return (numbers << 1) ^ (numbers >> 63)
+
+
+def unfold(folded: np.ndarray) -> np.ndarray:
+    """Inverse of :func:`fold`."""
+    return (folded >> 1) ^ -(folded & 1)
 
 
 class Budget:

@@ -22,10 +22,21 @@ DEFAULT_SIZE_LIMIT = 4 * 2**30
 """Bytes of memory for a decoded scene: some 50 times a full-size one (300³, 192 channels)."""
 
 
+class _CameraCoder(NamedTuple):
+    """One way to store cameras."""
+
+    section: SectionType
+    encode: Callable[..., bytes | None]
+    """None where it does not suit them."""
+    decode: Callable[..., Cameras]
+
+
 class _Parts(NamedTuple):
     """How a profile codes what profiles code differently."""
 
     profile: Profile
+    cameras: tuple[_CameraCoder, ...]
+    """The last that suits is written; the first suits all."""
     networks: SectionType
     encode_networks: Callable[..., bytes]
     decode_networks: Callable[..., dict]
@@ -37,9 +48,11 @@ class _Parts(NamedTuple):
     decode_levels: Callable[..., list[list[Band]]]
 
 
+_ANY_CAMERAS = _CameraCoder(SectionType.CAMERAS, payloads.encode_cameras, payloads.decode_cameras)
 _PROFILES = {
     "paper": _Parts(
         Profile.PAPER,
+        (_ANY_CAMERAS,),
         SectionType.NETWORKS,
         payloads.encode_networks,
         payloads.decode_networks,
@@ -52,6 +65,10 @@ _PROFILES = {
     ),
     "range": _Parts(
         Profile.RANGE,
+        (
+            _ANY_CAMERAS,
+            _CameraCoder(SectionType.CODED_CAMERAS, coded.encode_cameras, coded.decode_cameras),
+        ),
         SectionType.CODED_NETWORKS,
         coded.encode_networks,
         coded.decode_networks,
@@ -82,7 +99,9 @@ def encode(scene: Scene, profile: str = "range") -> bytes:
     # What is needed to render at all comes first, so that a prefix of the file can be of use.
     sections = [Section(SectionType.META, 0, payloads.encode_meta(scene.meta))]
     if scene.cameras is not None:
-        sections.append(_cameras_section(scene.cameras, parts.profile))
+        tried = ((way.section, way.encode(scene.cameras)) for way in parts.cameras[::-1])
+        kind, cameras = next((kind, data) for kind, data in tried if data is not None)
+        sections.append(Section(kind, 0, cameras, is_required=False))
     sections.append(Section(parts.networks, 0, parts.encode_networks(scene.networks)))
     if scene.occupancy is not None:
         occupancy = parts.encode_occupancy(scene.occupancy)
@@ -125,10 +144,9 @@ def decode(
     try:
         meta = payloads.decode_meta(take(SectionType.META), budget)
         cameras = occupancy = None
-        if (SectionType.CAMERAS, 0) in sections:
-            cameras = payloads.decode_cameras(take(SectionType.CAMERAS), budget)
-        elif parts.profile is Profile.RANGE and (SectionType.CODED_CAMERAS, 0) in sections:
-            cameras = coded.decode_cameras(take(SectionType.CODED_CAMERAS), budget)
+        for way in parts.cameras:
+            if cameras is None and (way.section, 0) in sections:
+                cameras = way.decode(take(way.section), budget)
         networks = parts.decode_networks(take(parts.networks), budget)
         if (parts.occupancy, 0) in sections:
             occupancy = parts.decode_occupancy(take(parts.occupancy), budget)
@@ -154,13 +172,6 @@ def decode(
         kind, index = next(iter(sections))
         raise CodecError(f"section {Section(kind, index, b'').name}: not expected in this file")
     return Scene(meta, layout.bits, grids, networks, occupancy, cameras)
-
-
-def _cameras_section(cameras: Cameras, profile: Profile) -> Section:
-    short = coded.encode_cameras(cameras) if profile is Profile.RANGE else None
-    if short is not None:
-        return Section(SectionType.CODED_CAMERAS, 0, short, is_required=False)
-    return Section(SectionType.CAMERAS, 0, payloads.encode_cameras(cameras), is_required=False)
 
 
 def _dropped(layouts: Iterable[BandLayout], budget: Budget) -> Iterator[Band]:

@@ -28,7 +28,14 @@ from masked_wavelet_codec.ans import (
     expect_room,
     weights_of_counts,
 )
-from masked_wavelet_codec.binary import Budget, Reader, Writer, count_elements
+from masked_wavelet_codec.binary import (
+    Budget,
+    Reader,
+    Writer,
+    count_elements,
+    fold,
+    unfold,
+)
 from masked_wavelet_codec.errors import CodecError
 from masked_wavelet_codec.numbers import NumberModel, code_numbers
 from masked_wavelet_codec.payloads import (
@@ -162,7 +169,7 @@ def encode_cameras(cameras: Cameras) -> bytes | None:
     if found is None:
         return None
     records = records_of_fields(cameras, _CAMERA)
-    records["turn"], records["place"] = _unsigned(found.turns), _unsigned(found.places)
+    records["turn"], records["place"] = fold(found.turns), fold(found.places)
     writer = Writer()
     writer.u8(found.exponent - _LOWEST_EXPONENT)
     write_records(writer, records)
@@ -173,23 +180,13 @@ def decode_cameras(reader: Reader, budget: Budget) -> Cameras:
     """Inverse of :func:`encode_cameras`."""
     exponent = reader.u8() + _LOWEST_EXPONENT
     records = read_records(reader, _CAMERA, budget)
-    turns, places = _signed(records["turn"]), _signed(records["place"])
+    turns, places = (unfold(records[name].astype(np.int64)) for name in ("turn", "place"))
     if np.abs(turns).max(initial=0) > 2**poses.TURN_BITS:
         raise reader.error("a camera is turned by more than half a turn")
     if np.abs(places).max(initial=0) > 2**poses.PLACE_BITS:
         raise reader.error("a camera is farther away than the exponent says")
     placed = poses.matrices(poses.Poses(exponent, turns, places))
     return Cameras(camera_to_worlds=placed, **fields_of_records(records))
-
-
-def _unsigned(numbers: np.ndarray) -> np.ndarray:
-    """Small where numbers are, whatever their sign."""
-    return np.where(numbers < 0, -2 * numbers - 1, 2 * numbers)
-
-
-def _signed(numbers: np.ndarray) -> np.ndarray:
-    half = (numbers >> 1).astype(np.int64)
-    return np.where(numbers & 1, -half - 1, half)
 
 
 def _code_voxels(coder: Coder, shape: Sequence[int], given: np.ndarray | None) -> np.ndarray:

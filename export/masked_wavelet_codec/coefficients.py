@@ -31,7 +31,7 @@ from masked_wavelet_codec.ans import (
     weights_of,
     write_logits,
 )
-from masked_wavelet_codec.binary import Budget, Reader, Writer
+from masked_wavelet_codec.binary import Budget, Reader, Writer, fold, unfold
 from masked_wavelet_codec.container import Section, SectionType
 from masked_wavelet_codec.contexts import NUM_WEIGHTS, ChannelContexts, chessboard
 from masked_wavelet_codec.errors import CodecError
@@ -64,19 +64,19 @@ class _Model:
     """Logit: a value has the sign of the white ones beside it."""
 
     def write(self, writer: Writer) -> None:
-        for weight in self.weights:
-            writer.varint(2 * weight if weight >= 0 else -2 * weight - 1)
+        for folded in fold(np.array(self.weights, np.int64)).tolist():
+            writer.varint(folded)
         self.numbers.write(writer)
         write_logits(writer, [self.same_sign])
 
     @classmethod
     def read(cls, reader: Reader) -> _Model:
-        weights = []
-        for folded in reader.varints(NUM_WEIGHTS):
-            if folded > 2 * contexts.LARGEST_WEIGHT:
-                raise reader.error(f"a weight beyond ±{contexts.LARGEST_WEIGHT}")
-            weights.append(-(folded + 1) // 2 if folded % 2 else folded // 2)
-        return cls(tuple(weights), NumberModel.read(reader), *read_logits(reader, 1))
+        folded = np.array(reader.varints(NUM_WEIGHTS), np.int64)
+        if folded.max() > 2 * contexts.LARGEST_WEIGHT:
+            raise reader.error(f"a weight beyond ±{contexts.LARGEST_WEIGHT}")
+        return cls(
+            tuple(unfold(folded).tolist()), NumberModel.read(reader), *read_logits(reader, 1)
+        )
 
 
 class _Known:

@@ -47,7 +47,7 @@ def round_poses(cameras: Cameras) -> Cameras:
     or reflection, or what is not finite.
     """
     poses = _nearest(cameras.camera_to_worlds)
-    if poses is None or on_lattice(cameras.camera_to_worlds) is not None:
+    if poses is None or _exact(poses, cameras.camera_to_worlds) is not None:
         return cameras
     return dataclasses.replace(cameras, camera_to_worlds=matrices(poses))
 
@@ -59,17 +59,7 @@ def on_lattice(camera_to_worlds: np.ndarray) -> Poses | None:
         camera_to_worlds: float32 (N, 3, 4).
     """
     poses = _nearest(camera_to_worlds)
-    if poses is None:
-        return None
-    wanted = np.ascontiguousarray(camera_to_worlds).view(np.uint32)
-    # Half a turn about an axis is one about its opposite: noise decides which is found.
-    other = poses._replace(turns=-poses.turns)
-    is_same, is_other = (
-        (matrices(tried).view(np.uint32) == wanted).all(axis=(1, 2)) for tried in (poses, other)
-    )
-    if not (is_same | is_other).all():
-        return None
-    return poses._replace(turns=np.where(is_same[:, None], poses.turns, other.turns))
+    return None if poses is None else _exact(poses, camera_to_worlds)
 
 
 def matrices(poses: Poses) -> np.ndarray:
@@ -88,6 +78,19 @@ def matrices(poses: Poses) -> np.ndarray:
     turned = (rotations / ((1 + squares) * (1 + squares)) + 0.0).transpose(2, 0, 1)
     moved = poses.places.astype(np.float64) * 2.0 ** (poses.exponent - PLACE_BITS)
     return np.concatenate((turned, moved[:, :, None]), axis=2).astype(np.float32)
+
+
+def _exact(poses: Poses, camera_to_worlds: np.ndarray) -> Poses | None:
+    """The poses, or None where their matrices are not these bit for bit."""
+    wanted = np.ascontiguousarray(camera_to_worlds).view(np.uint32)
+    # Half a turn about an axis is one about its opposite: noise decides which is found.
+    other = poses._replace(turns=-poses.turns)
+    is_same, is_other = (
+        (matrices(tried).view(np.uint32) == wanted).all(axis=(1, 2)) for tried in (poses, other)
+    )
+    if not (is_same | is_other).all():
+        return None
+    return poses._replace(turns=np.where(is_same[:, None], poses.turns, other.turns))
 
 
 def _nearest(camera_to_worlds: np.ndarray) -> Poses | None:
@@ -115,7 +118,10 @@ def _nearest(camera_to_worlds: np.ndarray) -> Poses | None:
 
 
 def _quaternions(rotations: np.ndarray) -> np.ndarray:
-    """w, x, y, z of unit length, w not negative, from the largest of the four (Shepperd 1978)."""
+    """w, x, y, z of unit length, w not negative, from the largest of the four (Shepperd 1978).
+
+    scipy has this; the codec does without it.
+    """
     r = rotations.transpose(1, 2, 0)
     xx, yy, zz = r[0, 0], r[1, 1], r[2, 2]
     wx, wy, wz = r[2, 1] - r[1, 2], r[0, 2] - r[2, 0], r[1, 0] - r[0, 1]
