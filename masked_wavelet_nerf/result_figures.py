@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from masked_wavelet_nerf.curves import draw, label
+from masked_wavelet_nerf.curves import Point, draw, label
 from masked_wavelet_nerf.summary import Entry, curves_of
 
 if TYPE_CHECKING:
@@ -19,19 +19,13 @@ _MOST_LINES = 24
 
 def rate_distortion(entries: Sequence[Entry]) -> Figure:
     """Bytes against PSNR, a line for each curve."""
-    figure = _figure(8.0, 4.8)
-    draw(figure.add_subplot(), curves_of(entries))
-    return figure
+    return _curves(curves_of(entries), "PSNR, dB")
 
 
 def rate_perception(entries: Sequence[Entry]) -> Figure | None:
     """Bytes against SSIM, a line for each curve; None where rows do not say it."""
     curves = curves_of(entries, "ssim")
-    if not curves:
-        return None
-    figure = _figure(8.0, 4.8)
-    draw(figure.add_subplot(), curves, "SSIM")
-    return figure
+    return _curves(curves, "SSIM") if curves else None
 
 
 def kept_levels(entries: Sequence[Entry]) -> Figure | None:
@@ -93,6 +87,12 @@ def to_svg(figure: Figure) -> str:
     with matplotlib.rc_context({"svg.hashsalt": "masked-wavelet-nerf"}):
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     return re.sub(r"^.*?(?=<svg)", "", text.getvalue(), flags=re.DOTALL)
+
+
+def _curves(curves: Mapping[str, Sequence[Point]], quality: str) -> Figure:
+    figure = _figure(8.0, 4.8)
+    draw(figure.add_subplot(), curves, quality)
+    return figure
 
 
 def _figure(width: float, height: float) -> Figure:
