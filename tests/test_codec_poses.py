@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 from test_codec_scenes import make_cameras, make_posed_cameras, make_scene
@@ -77,6 +77,8 @@ axes = st.one_of(
 
 
 @settings(max_examples=400, deadline=None)
+@example([((1, 0, 0), 0.0)], [0.0, 0.0, 2.7255255131117692e-42, *[0.0] * 9])
+@example([((1, 0, 0), 0.0)], [2.0**-149, 0.0, 2.0**-128, *[0.0] * 9])
 @given(
     st.lists(st.tuples(axes, angles), min_size=1, max_size=4),
     st.lists(st.floats(-64, 64, width=32), min_size=12, max_size=12),

@@ -104,7 +104,8 @@ def _nearest(camera_to_worlds: np.ndarray) -> Poses | None:
     if np.abs(bent).max() > _MOST_BENT or (np.linalg.det(rotations) < 0).any():
         return None
     mantissa, exponent = np.frexp(np.abs(positions).max())
-    exponent = int(exponent) - int(mantissa == 0.5)
+    # Positions below the least exponent's are some of its steps, or none.
+    exponent = max(int(exponent) - int(mantissa == 0.5), EXPONENTS[0])
     if exponent not in EXPONENTS:
         return None
     places = np.rint(positions * 2.0 ** (PLACE_BITS - exponent)).astype(np.int64)
