@@ -469,9 +469,12 @@ class MaskedWaveletModel(Model):
         """Renders an image; in the viewer, gives up as soon as a slider moves.
 
         nerfstudio calls a slider's hook only once the image under way is done, which at full
-        resolution takes many seconds on a CPU.
+        resolution takes many seconds on a CPU. Of an image without pixels it would miss the depth,
+        and draw nothing ever again: it asks for one at the first digit of a "Max res" of 128.
         """
         in_viewer = self.levels_shown.gui_handle is not None
+        if in_viewer and not len(camera_ray_bundle):
+            raise IOChangeException
         self._shown_in_image = self._shown() if in_viewer else None
         config = self.config
         if self.device.type == "cuda":

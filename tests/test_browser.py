@@ -100,6 +100,7 @@ def browser(tmp_path) -> Iterator[Any]:
         pytest.skip(f"chromium does not start here: {error.msg}")
     yield driver
     driver.save_screenshot(str(tmp_path / "page.png"))  # of use where a test fails
+    (tmp_path / "page.txt").write_text(driver.find_element(By.TAG_NAME, "body").text)
     driver.quit()
 
 
@@ -127,11 +128,14 @@ class Page:
         return int(found[1].replace(",", "")) if found else -1
 
     def enter(self, label: str, value: object) -> None:
-        """Types into the number beside a slider."""
+        """Types into the number beside a slider, slowly: each digit changes the value."""
         path = f"//label[normalize-space(.)='{label}']/following::input[@type='text'][1]"
         field = self.browser.find_element(By.XPATH, path)
         field.send_keys(Keys.CONTROL, "a")
-        field.send_keys(str(value), Keys.ENTER)
+        for digit in str(value):
+            field.send_keys(digit)
+            time.sleep(1)
+        field.send_keys(Keys.ENTER)
 
     def picture(self, width: int, height: int) -> np.ndarray:
         """(height, width, 3) in [0, 1]: the canvas, without the gizmo of axes at its lower left."""

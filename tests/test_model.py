@@ -190,6 +190,17 @@ def test_a_moved_slider_stops_the_image_under_way(tiny_config, start, monkeypatc
     assert not torch.equal(render(trainer), whole)  # the next image shows what the slider says
 
 
+def test_the_viewer_skips_an_image_without_pixels(tiny_config, start):
+    """Which nerfstudio asks for, and ends its drawing where it gets one, while a 1 is typed."""
+    trainer = start(tiny_config())
+    model = trainer.pipeline.model
+    model.levels_shown.gui_handle = SimpleNamespace(value=2)
+    camera = trainer.pipeline.datamanager.eval_dataset.cameras[0:1].to(trainer.device)
+    camera.width[:], camera.height[:] = 1, 0
+    with pytest.raises(IOChangeException):
+        model.get_outputs_for_camera(camera)
+
+
 def test_occupancy_skips_only_what_is_not_seen(tiny_config, start):
     trainer = blob_scene(tiny_config, start)
     model = trainer.pipeline.model
