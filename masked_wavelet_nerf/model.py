@@ -21,7 +21,7 @@ from nerfstudio.engine.callbacks import (
     TrainingCallbackAttributes,
     TrainingCallbackLocation,
 )
-from nerfstudio.model_components.renderers import RGBRenderer
+from nerfstudio.model_components import renderers
 from nerfstudio.model_components.scene_colliders import AABBBoxCollider, NearFarCollider
 from nerfstudio.models.base_model import Model
 from nerfstudio.utils import colormaps
@@ -156,7 +156,7 @@ class MaskedWaveletModel(Model):
             sizes = config.photo_appearance_dim, config.hidden_dim
             self.photo_appearance = PhotoAppearance(self.num_train_data, *sizes)
         self.occupancy = OccupancyGrid()
-        self.renderer_rgb = RGBRenderer(background_color=config.background_color)
+        self.renderer_rgb = renderers.RGBRenderer(background_color=config.background_color)
         self.image_metrics = ImageMetrics()
         self._patch_size = 1
         self._pixel_sampler: PooledPixelSampler | None = None
@@ -386,9 +386,10 @@ class MaskedWaveletModel(Model):
     def _over_background(
         self, rgb: Float[Tensor, "R 3"], accumulation: Float[Tensor, "R 1"]
     ) -> Float[Tensor, "R 3"]:
-        if self.config.background_color != "random":
-            background = RGBRenderer.get_background_color(
-                self.config.background_color, shape=rgb.shape, device=rgb.device
+        colour = self.config.background_color
+        if colour != "random" or renderers.BACKGROUND_COLOR_OVERRIDE is not None:
+            background = renderers.RGBRenderer.get_background_color(
+                "black" if colour == "random" else colour, shape=rgb.shape, device=rgb.device
             )
             rgb = rgb + background * (1 - accumulation)
         return rgb if self.training else rgb.clamp(0, 1)

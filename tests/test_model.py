@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from nerfstudio.cameras.rays import RayBundle
+from nerfstudio.model_components.renderers import background_color_override_context
 from nerfstudio.viewer_legacy.server.viewer_utils import IOChangeException
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
@@ -199,6 +200,20 @@ def test_the_viewer_skips_an_image_without_pixels(tiny_config, start):
     camera.width[:], camera.height[:] = 1, 0
     with pytest.raises(IOChangeException):
         model.get_outputs_for_camera(camera)
+
+
+@pytest.mark.parametrize("background", ["white", "random"])
+def test_crops_lie_over_the_background_that_is_chosen(tiny_config, start, background):
+    """In nerfstudio's viewer and ns-render; over random ones, too, as nerfacto's do."""
+    trainer = blob_scene(tiny_config, start, background_color=background)
+    own = {"white": 1.0, "random": 0.0}[background]
+    before, chosen = render(trainer), torch.tensor([0.2, 0.4, 0.6])
+    with background_color_override_context(chosen):
+        after = render(trainer)
+    cameras = trainer.pipeline.datamanager.eval_dataset.cameras[0:1]
+    see_through = 1 - trainer.pipeline.model.get_outputs_for_camera(cameras)["accumulation"]
+    assert see_through.max() > 0.99
+    torch.testing.assert_close(after - before, (chosen - own) * see_through)
 
 
 def test_occupancy_skips_only_what_is_not_seen(tiny_config, start):
