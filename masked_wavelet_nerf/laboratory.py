@@ -178,6 +178,7 @@ def _with_ray(
 ) -> Results:
     try:
         import ray  # pyright: ignore[reportMissingImports]
+        from ray import exceptions  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise EngineError(
             "--engine ray: Ray is not installed; pip install 'masked-wavelet-nerf[ray]'"
@@ -201,7 +202,11 @@ def _with_ray(
             tasks[reference] = experiment
         while tasks:
             (reference,), _ = ray.wait(list(tasks))
-            yield tasks.pop(reference), ray.get(reference)
+            try:
+                found = ray.get(reference)
+            except exceptions.RayError as error:  # its worker or node is gone
+                found = f"Ray: {error}"
+            yield tasks.pop(reference), found
     finally:
         if own:
             ray.shutdown()

@@ -547,6 +547,10 @@ def test_logs_of_what_failed_are_there_to_be_read(stand_in, tmp_path, monkeypatc
     assert sum("no such flag" in log for log in logs) == 1
 
 
+class RayError(Exception):
+    pass
+
+
 class PretendedRay(SimpleNamespace):
     """Runs tasks at once, and notes what was asked for."""
 
@@ -560,13 +564,19 @@ class PretendedRay(SimpleNamespace):
 
             return SimpleNamespace(options=options)
 
+        def get(reference):
+            if isinstance(reference[1], RayError):
+                raise reference[1]
+            return reference[1]
+
         super().__init__(
             asked=asked,
             is_initialized=lambda: running,
             init=lambda *args, **kwargs: asked.update(init=(args, kwargs)),
             remote=remote,
             wait=lambda references: ([references[-1]], references[:-1]),
-            get=lambda reference: reference[1],
+            get=get,
+            exceptions=SimpleNamespace(RayError=RayError),
             shutdown=lambda: asked.update(shutdown=True),
         )
 
@@ -633,6 +643,21 @@ def test_a_cluster_that_runs_is_left_running(pretended_ray, tmp_path):
     run_experiments([make()], tmp_path, engine="ray")
     assert len(asked["tasks"]) == 1
     assert "init" not in asked and "shutdown" not in asked
+
+
+def test_a_sweep_goes_on_where_a_worker_of_ray_is_lost(
+    pretended_ray, tmp_path, monkeypatch, capsys
+):
+    pretended_ray()
+
+    def attempt(experiment, *args):
+        return RayError("the node died") if experiment.seed == 1 else "not run"
+
+    monkeypatch.setattr(laboratory, "attempt", attempt)
+    wanted = [make(seed=2), make(seed=1)]
+    _, failed = run_experiments(wanted, tmp_path, engine="ray")
+    assert failed == [wanted[1], wanted[0]]  # the pretended one ends the last one first
+    assert "Ray: the node died" in capsys.readouterr().out
 
 
 def test_without_ray_its_engine_says_what_to_install(tmp_path, monkeypatch):
